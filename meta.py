@@ -1,0 +1,209 @@
+"""Layer matching: the meta-network, its exact gradient through virtual SGD steps, and the picture of what it learned.
+
+Yang et al., TPAMI 2023 (arXiv 2207.11518), section 3.4; SPEC sections 3 and 4.
+
+symbol       variable       meaning                                                     shape / default
+-----------  -------------  ----------------------------------------------------------  ------------------
+f_a^l        features       pooled features of student a at stage l                     N tensors [L, B, d_a]
+lambda       weights        sigmoid(<unit(W_a^l f_a^l), unit(W_b^m f_b^m)>)              [N, L, N, L, B]
+phi          meta_params    the meta-network's parameters W
+theta        params         students, branches and embedding MLPs
+v            v              momentum buffers of the virtual steps, 0 at first           as theta
+eta, mu, wd  lr, momentum, weight_decay                                                 0.1, 0.9, 5e-4
+"""
+
+import warnings
+from contextlib import contextmanager
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch.func import functional_call
+
+
+class MatchingNetwork(nn.Module):
+    """lambda^{l,m}_{a,b}(x) = sigmoid(< unit(W_a^l f_a^l(x)), unit(W_b^m f_b^m(x)) >), in (0.27, 0.73).
+
+    widths: d_a of each student; stages: L. Called with features, a list over students of [L, B, d_a];
+    returns weights [N, L, N, L, B], symmetric. The a = b blocks are there and mean nothing.
+    """
+
+    def __init__(self, widths, stages, dim=128):
+        super().__init__()
+        self.projections = nn.ModuleList(nn.ModuleList(nn.Linear(d, dim) for _ in range(stages)) for d in widths)
+
+    def forward(self, features):
+        u = torch.stack([torch.stack([W(f_al) for W, f_al in zip(W_a, f_a)])
+                         for W_a, f_a in zip(self.projections, features)])            # [N, L, B, dim]
+        with torch.autocast(u.device.type, enabled=False):
+            u = F.normalize(u.float() if u.dtype in (torch.float16, torch.bfloat16) else u, dim=-1)
+            return torch.einsum("albd,cmbd->alcmb", u, u).sigmoid()                   # [N, L, N, L, B]
+
+
+# ---------------------------------------------------------------- the exact hypergradient
+
+def hypergradient(inner_loss, outer_loss, params, meta_params, *, inner_steps, lr, momentum, weight_decay):
+    """d outer_loss(theta_{K+1}) / d phi, the total derivative through K + 1 virtual SGD steps from theta_0 = params:
+
+        v_{k+1} = mu v_k + g_k(theta_k, phi) + wd theta_k,   theta_{k+1} = theta_k - eta v_{k+1},   v_0 = 0
+
+    with g_k the gradient of inner_loss for k < K = inner_steps, and of outer_loss for the last, k = K.
+
+    Reverse recursion. Let a = dL/dtheta_{k+1} and b = dL/dv_{k+1} by way of step k+1 and later ones alone.
+    theta_{k+1} contains v_{k+1} with factor -eta, so the full derivative for v_{k+1} is
+
+        u = b - eta a.
+
+    v_{k+1} contains g_k, wd theta_k and mu v_k, and theta_{k+1} contains theta_k; with the symmetric
+    Hessian H_k = dg_k/dtheta_k therefore
+
+        dL/dphi     += u^T dg_k/dphi
+        dL/dtheta_k  = a + wd u + H_k u        (the next a)
+        dL/dv_k      = mu u                    (the next b)
+
+    H_k u and u^T dg_k/dphi are the gradients of the one scalar X = <g_k(theta_k, phi), u>, u constant.
+    For k = 0 only the part for phi is needed. Then X is also the directional derivative of the loss,
+    d/deps inner_loss(theta_0 + eps u), one forward pass with tangents instead of two backward passes.
+
+    Only theta_0 .. theta_K are kept, and each step is recomputed, so the memory is that of one step.
+
+    inner_loss(params), outer_loss(params): take a list of tensors in the order of `params`, return a
+    scalar; they reach phi by closure. params are not changed. Returns one tensor per meta parameter,
+    zeros where the loss does not depend on it. Source: SPEC section 4, steps 1 to 3.
+    """
+    losses = [inner_loss] * inner_steps + [outer_loss]
+    theta, v, path = [p.detach() for p in params], [torch.zeros_like(p) for p in params], []
+    for loss in losses:
+        path.append(theta)
+        g = _gradient(loss, theta, [])
+        v = [momentum * v_i + g_i + weight_decay * p for v_i, g_i, p in zip(v, g, theta)]
+        theta = [p - lr * v_i for p, v_i in zip(theta, v)]
+
+    grads = _gradient(outer_loss, theta, meta_params)
+    a, total = grads[:len(params)], grads[len(params):]
+    b = [torch.zeros_like(p) for p in params]
+    for k in reversed(range(len(losses))):
+        u = [b_i - lr * a_i for b_i, a_i in zip(b, a)]
+        if k == 0:
+            part = _mixed_product(losses[k], path[k], u, meta_params)
+        else:
+            Hu, part = _second_order_products(losses[k], path[k], u, meta_params)
+            a = [a_i + weight_decay * u_i + h for a_i, u_i, h in zip(a, u, Hu)]
+            b = [momentum * u_i for u_i in u]
+        total = [t + p for t, p in zip(total, part)]
+    return total
+
+
+def _gradient(loss, theta, meta_params):
+    theta = [p.detach().requires_grad_() for p in theta]
+    return _grad(loss(theta), theta + list(meta_params))
+
+
+def _second_order_products(loss, theta, u, meta_params):
+    """H u and u^T dg/dphi: the gradients of X = <g, u> by a second backward pass."""
+    theta = [p.detach().requires_grad_() for p in theta]
+    g = _grad(loss(theta), theta, create_graph=True)
+    X = sum((g_i * u_i).sum() for g_i, u_i in zip(g, u))
+    grads = _grad(X, theta + list(meta_params))
+    return grads[:len(theta)], grads[len(theta):]
+
+
+def _mixed_product(loss, theta, u, meta_params):
+    """u^T dg/dphi alone: the gradient of X = d/deps loss(theta + eps u), which forward mode gives."""
+    with forward_ad.dual_level(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)                    # of PyTorch's own forward mode, about torch.jit
+        X = forward_ad.unpack_dual(loss([forward_ad.make_dual(p, u_i) for p, u_i in zip(theta, u)])).tangent
+        return _grad(X, list(meta_params))
+
+
+def _grad(scalar, inputs, create_graph=False):
+    """torch.autograd.grad with zeros for what the scalar does not depend on."""
+    if scalar is None or not scalar.requires_grad:
+        return [torch.zeros_like(p) for p in inputs]
+    return list(torch.autograd.grad(scalar, inputs, create_graph=create_graph, materialize_grads=True))
+
+
+# ---------------------------------------------------------------- the meta step
+
+def meta_step(students, matching, optimizer, images, contrast, task, *, inner_steps, lr, momentum, weight_decay):
+    """One step of the meta-network's optimizer along the exact hypergradient; nothing else keeps a trace.
+
+    students(images) -> (features, embeddings, logits): the module whose parameters are theta.
+    contrast(embeddings, weights) -> scalar: the loss of the inner virtual steps, L_L-MCL.
+    task(logits) -> scalar: the loss of the last virtual step and of the evaluation.
+    lr, momentum, weight_decay: of the virtual steps. optimizer: the meta-network's own.
+
+    lambda is computed once, from the features at theta_0 taken as constants, and held; phi acts through
+    its values alone. So the hypergradient is taken for these values and handed on to phi by one backward.
+    Batch normalisation uses the batch's statistics. Source: SPEC section 4.
+    """
+    names, params = zip(*students.named_parameters())
+    images, params = images.contiguous(), [p.detach().contiguous() for p in params]   # NCHW: a faster second order
+
+    def run(theta):
+        return functional_call(students, dict(zip(names, theta)), (images,))
+
+    with batch_statistics(students):
+        with torch.no_grad():
+            features, _, _ = students(images)
+        weights = matching(features)                                      # [N, L, N, L, B], a function of phi
+        held = weights.detach().requires_grad_()
+        grad, = hypergradient(lambda theta: contrast(run(theta)[1], held), lambda theta: task(run(theta)[2]),
+                              params, [held], inner_steps=inner_steps, lr=lr, momentum=momentum,
+                              weight_decay=weight_decay)
+    optimizer.zero_grad()
+    weights.backward(grad)
+    optimizer.step()
+
+
+@contextmanager
+def batch_statistics(module):
+    """Batch normalisation by the batch alone: running averages are neither used nor touched."""
+    tracking = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
+    try:
+        for m in tracking:
+            m.track_running_stats = False
+        yield
+    finally:
+        for m in tracking:
+            m.track_running_stats = True
+
+
+# ---------------------------------------------------------------- the picture
+
+def draw_matching(weights, names, path):
+    """A PNG of the mean matching weights: one panel per pair of students, stage by stage, the values written in.
+
+    weights [N, L, N, L], means of lambda over samples; names of the N students.
+    """
+    weights, N, L = weights.detach().cpu(), len(names), weights.shape[1]
+    pairs = [(a, b) for a in range(N) for b in range(a + 1, N)]
+    if not pairs:
+        return
+    shown = torch.stack([weights[a, :, b] for a, b in pairs])             # [pairs, L, L]
+    low, high = shown.min().item(), shown.max().item()
+    cell, left, top, columns = 72, 96, 84, min(3, len(pairs))
+    width, height = left + L * cell + 24, top + L * cell + 24
+    picture = Image.new("RGB", (max(520, columns * width), 72 + -(-len(pairs) // columns) * height), "white")
+    draw = ImageDraw.Draw(picture)
+    write = lambda x, y, text, size, fill="black", anchor="mm": draw.text(
+        (x, y), text, fill=fill, font=ImageFont.load_default(size), anchor=anchor)
+    write(16, 22, "Mean layer-matching weight between stages of two students", 17, anchor="lm")
+    write(16, 46, f"0.27: features opposed, 0.5: unrelated, 0.73: alike. Darkest {high:.4f}, lightest {low:.4f}", 13,
+          fill="dimgray", anchor="lm")
+    for i, ((a, b), block) in enumerate(zip(pairs, shown.tolist())):
+        x0, y0 = left + i % columns * width, 72 + top + i // columns * height
+        write(x0 + L * cell / 2, y0 - 60, f"rows: {a + 1} {names[a]},  columns: {b + 1} {names[b]}", 13)
+        for l in range(L):
+            write(x0 - 46, y0 + (l + 0.5) * cell, f"stage {l + 1}", 15)
+            write(x0 + (l + 0.5) * cell, y0 - 22, f"stage {l + 1}", 15)
+            for m in range(L):
+                depth = (block[l][m] - low) / max(high - low, 1e-12)      # 0 lightest, 1 darkest
+                box = (x0 + m * cell, y0 + l * cell, x0 + (m + 1) * cell - 3, y0 + (l + 1) * cell - 3)
+                draw.rectangle(box, fill=tuple(round(light + depth * (dark - light))
+                                               for light, dark in zip((237, 244, 252), (8, 61, 127))))
+                write(box[0] + cell / 2 - 2, box[1] + cell / 2 - 2, f"{block[l][m]:.3f}", 16,
+                      fill="white" if depth > 0.5 else "black")
+    picture.save(path)

@@ -1,0 +1,417 @@
+"""Train N students together by layer-wise mutual contrastive learning (L-MCL), or by what it is compared with.
+
+    python train.py --dataset synthetic --arch resnet8 --epochs 3      # two minutes on a laptop's CPU, no download
+    python train.py --arch resnet32 --num-nets 2                       # CIFAR-100, the published recipe
+    python train.py --arch resnet56 wrn_40_2                           # two different students
+    python train.py --arch resnet32 --method independent               # the published baseline
+    python train.py --dataset folder --data-dir my_images              # my_images/{train,test}/CLASS/*
+    python train.py --arch resnet32 --resume                           # go on after an interruption
+    python train.py --evaluate out/RUN/last.pt                         # top-1 and top-5 of every student
+
+The method is that of Yang et al., TPAMI 2023 (arXiv 2207.11518); section numbers refer to the README.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+import data
+import losses
+import meta
+import models
+
+METHODS = {
+    "lmcl": "layer-wise mutual contrastive learning, with branches, aggregators and learned layer matching",
+    "mcl": "mutual contrastive learning of the last stage, backbones alone (AAAI 2022)",
+    "deep-supervision": "the same students and branches, cross-entropy of every head, nothing mutual",
+    "independent": "backbones alone, cross-entropy: the published baseline",
+}
+CHECKPOINT_FORMAT = 1
+
+
+class UserError(Exception):
+    """Something the user can mend; main() prints its one line and exits with status 1."""
+
+
+# ---------------------------------------------------------------- the objective
+
+def weighted(args, terms):
+    """alpha VCL + gamma Soft VCL + beta ICL + lam Soft ICL."""
+    return (args.weight_vcl * terms["vcl"] + args.weight_soft_vcl * terms["soft_vcl"]
+            + args.weight_icl * terms["icl"] + args.weight_soft_icl * terms["soft_icl"])
+
+
+def objective(args, net, images, labels):
+    """One batch's loss, its terms by name (unweighted), and the matching weights (None but for lmcl).
+
+    lmcl:  sum_a sum_l CE(logits_a^l, y) + sum_a CE(agg_a, y) + sum_a sum_b KL_T(logits_a^L <- agg_b) + L_L-MCL
+    mcl:   sum_a CE(logits_a^L, y) + L_MCL;   the others: cross-entropy of every head there is.
+    """
+    if args.method in ("lmcl", "mcl"):
+        features, embeddings, logits = net["students"](images)    # N x [L, B, d_a], [N, L, B, D], [N, L, B, C]
+    else:
+        features, logits = net["students"](images)
+    terms, weights = {"ce": losses.cross_entropy(logits, labels)}, None
+    loss = terms["ce"]
+
+    if args.method == "lmcl":
+        aggregated = net["aggregator"](features, logits)                              # [N, B, C]
+        terms["ce_agg"] = losses.cross_entropy(aggregated, labels)
+        terms["kd"] = losses.distillation(logits[:, None, -1], aggregated, args.T).sum()   # all pairs a, b
+        with torch.no_grad():                                                         # lambda is a constant here
+            weights = net["matching"](features)                                       # [N, L, N, L, B]
+        contrast = losses.lmcl_loss(embeddings, labels, weights, args.tau, args.T)
+        loss = loss + terms["ce_agg"] + terms["kd"] + weighted(args, contrast)
+        terms.update(contrast)
+    elif args.method == "mcl":
+        contrast = losses.mcl_loss(embeddings[:, -1], labels, args.tau, args.T)
+        loss = loss + weighted(args, contrast)
+        terms.update(contrast)
+    if args.method in ("lmcl", "mcl"):
+        terms["mi_bound"] = losses.mutual_information_bound(embeddings[:, -1], labels, args.tau)
+    return loss, {"loss": loss, **terms}, weights
+
+
+def build(args, num_classes):
+    """All that is trained, drawn from the seed: students (theta) and, for lmcl, aggregators and meta-network."""
+    torch.manual_seed(args.seed)
+    cohort = models.Cohort(args.arch, num_classes, branches=args.method in ("lmcl", "deep-supervision"))
+    net = nn.ModuleDict({"students": models.EmbeddedCohort(cohort) if args.method in ("lmcl", "mcl") else cohort})
+    if args.method == "lmcl":
+        net["aggregator"] = models.Aggregator(cohort.widths, cohort.stages)
+        net["matching"] = meta.MatchingNetwork(cohort.widths, cohort.stages)
+    return net.to(args.device, memory_format=torch.channels_last), cohort
+
+
+# ---------------------------------------------------------------- the algorithm
+
+def train(args, dataset, run):
+    for epoch in range(run.epoch, args.epochs):
+        lr = args.lr / 2 * (1 + math.cos(math.pi * epoch / args.epochs))
+        run.begin(lr)
+        for images, labels in data.train_batches(dataset, args.batch_size, args.seed, epoch, start=run.step):
+            loss, terms, weights = objective(args, run.net, images, labels)
+            run.optimizer.zero_grad()
+            loss.backward()
+            run.optimizer.step()
+            run.count(terms, weights, len(labels))
+
+            if args.method == "lmcl" and len(args.arch) > 1 and run.total_steps % args.meta_freq == 0:
+                meta.meta_step(
+                    run.net["students"], run.net["matching"], run.meta_optimizer, images,
+                    contrast=lambda z, w: weighted(args, losses.lmcl_loss(z, labels, w, args.tau, args.T)),
+                    task=lambda logits: losses.cross_entropy(logits, labels),
+                    inner_steps=args.meta_steps, lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
+            run.progress()
+            if run.total_steps == args.max_steps:
+                break
+
+        means = run.means()
+        run.end_of_epoch(means, *evaluate(run.cohort, dataset))
+        if run.total_steps == args.max_steps:
+            break
+
+
+@torch.no_grad()
+def evaluate(cohort, dataset):
+    """Top-1 and top-5 accuracy in percent of every student's own head on the test set: two lists."""
+    cohort.eval()
+    hits = 0
+    for images, labels in data.test_batches(dataset):
+        logits = torch.stack([student.backbone(images) for student in cohort.students])     # [N, B, C]
+        best = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]             # [N, B, 5]
+        hits = hits + torch.stack([best[..., 0].sum(1), best.any(-1).sum(1)])               # [2, N]
+    return (100 * hits / len(dataset.test_labels)).tolist()                                 # the host waits here
+
+
+# ---------------------------------------------------------------- a run: its state, log, checkpoints and pictures
+
+class Run:
+    """What changes while training (all of it is in a checkpoint) and what it leaves in --out-dir."""
+
+    def __init__(self, args, dataset):
+        self.args, self.dataset = args, dataset
+        self.net, self.cohort = build(args, len(dataset.classes))
+        sgd = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=True)
+        trained = [p for name, module in self.net.items() if name != "matching" for p in module.parameters()]
+        self.optimizer = torch.optim.SGD(trained, fused=True, **sgd)
+        self.meta_optimizer = torch.optim.SGD(self.net["matching"].parameters(), **sgd) if "matching" in self.net else None
+        self.epoch = self.step = self.total_steps = 0      # the next epoch, the next step in it, steps done in all
+        self.steps_per_epoch = max(1, len(dataset.train_labels) // args.batch_size)
+        self.best = -1.0                                   # best mean top-1 over epochs
+        self.log = [dict(command=shlex.join(["python", *sys.argv]), args=vars(args), torch=torch.__version__,
+                         device=device_name(args.device), classes=dataset.classes)]
+        self.reset()
+        self.shown = 0.0
+
+    def reset(self):
+        """What is summed over an epoch: terms, matching weights, images, seconds of training."""
+        self.sums, self.matching, self.images, self.seconds = {}, torch.zeros(()), 0, 0.0
+
+    def begin(self, lr):
+        self.net.train()
+        self.lr, self.clock = lr, time.perf_counter()
+        for optimizer in (self.optimizer, self.meta_optimizer):
+            for group in optimizer.param_groups if optimizer else []:
+                group["lr"] = lr
+
+    def count(self, terms, weights, images):
+        """Add a step to the epoch's means, on the device: the host does not wait."""
+        self.step, self.total_steps, self.images = self.step + 1, self.total_steps + 1, self.images + images
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        if weights is not None:
+            self.matching = self.matching.to(weights.device) + weights.mean(-1)   # [N, L, N, L]
+
+    def progress(self):
+        """On a terminal, a line every second."""
+        now = time.perf_counter()
+        if not sys.stderr.isatty() or now - self.shown < 1:
+            return
+        loss = float(self.sums["loss"]) / self.step                           # the host waits here
+        rate = self.images / (self.seconds + now - self.clock)
+        left = ((self.args.epochs - self.epoch) * len(self.dataset.train_labels) - self.images) / rate
+        print(f"\repoch {self.epoch + 1}/{self.args.epochs}  step {self.step}/{self.steps_per_epoch}  loss {loss:.3f}  "
+              f"{rate:.0f} images/s  {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left  ",
+              end="", file=sys.stderr, flush=True)
+        self.shown = now
+
+    def means(self):
+        """The epoch's mean of each term so far."""
+        means = {name: round(float(total) / self.step, 6) for name, total in self.sums.items()}   # the host waits here
+        self.seconds += time.perf_counter() - self.clock
+        return means
+
+    def end_of_epoch(self, means, top1, top5):
+        """Log, checkpoints and picture. An epoch that --max-steps cut short is logged, but not counted as done."""
+        top1, top5 = ([round(x, 2) for x in row] for row in (top1, top5))
+        line = dict(epoch=self.epoch + 1, step=self.total_steps, lr=self.lr, **means, test_top1=top1, test_top5=top5,
+                    images_per_second=round(self.images / self.seconds, 1), seconds=round(self.seconds, 2))
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr)
+        print(f"epoch {self.epoch + 1:3d}  step {self.total_steps}  lr {self.lr:.4f}  loss {means['loss']:.3f}  "
+              f"ce {means['ce']:.3f}  top-1 {' '.join(f'{x:.2f}' for x in top1)}  "
+              f"{line['images_per_second']:.0f} images/s", flush=True)
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if bad:
+            raise UserError(f"{', '.join(bad)} became infinite or NaN in epoch {self.epoch + 1}; last.pt is from before "
+                            "this epoch. Try a smaller --lr")
+        if self.args.method == "lmcl":
+            meta.draw_matching(self.matching / self.step, self.args.arch, Path(self.args.out_dir) / "matching.png")
+        if self.step == self.steps_per_epoch:
+            self.log.append(line)
+            self.epoch, self.step = self.epoch + 1, 0
+            self.reset()
+            self.save("last.pt")
+            if sum(top1) / len(top1) > self.best:
+                self.best = sum(top1) / len(top1)
+                self.save("best.pt")
+            self.write_log()
+        else:
+            self.save("last.pt")
+            self.write_log(line)
+
+    def write_log(self, *unfinished):
+        text = "".join(json.dumps(line) + "\n" for line in [*self.log, *unfinished])
+        write_atomically(Path(self.args.out_dir) / "log.jsonl", lambda path: path.write_text(text))
+
+    def save(self, name):
+        state = dict(format=CHECKPOINT_FORMAT, args=vars(self.args), classes=self.dataset.classes,
+                     mean=self.dataset.mean, std=self.dataset.std, net=self.net.state_dict(),
+                     optimizers=[o.state_dict() for o in (self.optimizer, self.meta_optimizer) if o],
+                     **{k: getattr(self, k) for k in self.CARRIED})
+        write_atomically(Path(self.args.out_dir) / name, lambda path: torch.save(state, path))
+
+    CARRIED = ("epoch", "step", "total_steps", "best", "log", "sums", "matching", "images", "seconds")
+
+    def load(self, state):
+        self.net.load_state_dict(state["net"])
+        for optimizer, saved in zip((self.optimizer, self.meta_optimizer), state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        for name in self.CARRIED:
+            setattr(self, name, state[name])
+
+    def export(self):
+        """Each student alone: the state of models.Backbone, whose keys need nothing else of this project."""
+        for a, (name, student) in enumerate(zip(self.args.arch, self.cohort.students), start=1):
+            path = Path(self.args.out_dir) / f"student_{a}_{name}.pt"
+            write_atomically(path, lambda p: torch.save(student.backbone.state_dict(), p))
+
+
+def write_atomically(path, write):
+    """A reader finds the old file or the new one, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def read_checkpoint(path, device):
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {path}")
+    except Exception as error:
+        raise UserError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0][:80]})")
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this program (last.pt or best.pt of an --out-dir is)")
+    return state
+
+
+# ---------------------------------------------------------------- the command line
+
+def parse_arguments(argv=None):
+    p = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("what is trained")
+    g.add_argument("--arch", nargs="+", default=["resnet32"], metavar="NAME", help="students: " + ", ".join(models.FAMILIES))
+    g.add_argument("--num-nets", type=int, metavar="N", help="how many students, if one NAME is given (2)")
+    g.add_argument("--method", choices=METHODS, default="lmcl", help="; ".join(f"{k}: {v}" for k, v in METHODS.items()))
+    g = p.add_argument_group("data")
+    g.add_argument("--dataset", choices=data.DATASETS, help="cifar100 (default) and cifar10 are downloaded at first use; "
+                   "folder: DATA_DIR/{train,test}/CLASS/*; synthetic: drawn at start")
+    g.add_argument("--data-dir", metavar="DIR", help="where the data set is or is downloaded to (data)")
+    g.add_argument("--image-size", type=int, default=32, metavar="PIXELS", help="side of folder's and synthetic's images (32)")
+    g = p.add_argument_group("recipe")
+    g.add_argument("--epochs", type=int, default=300, help="length of the cosine schedule (300)")
+    g.add_argument("--max-steps", type=int, default=0, metavar="STEPS", help="end after so many steps; 0: never (0)")
+    g.add_argument("--batch-size", type=int, default=128, help="images a step, an even number (128)")
+    g.add_argument("--lr", type=float, default=0.1, help="initial learning rate of SGD with Nesterov momentum (0.1)")
+    g.add_argument("--momentum", type=float, default=0.9, help="(0.9)")
+    g.add_argument("--weight-decay", type=float, default=5e-4, help="(5e-4)")
+    g.add_argument("--seed", type=int, default=0, help="of initial weights, batches and augmentation (0)")
+    g = p.add_argument_group("losses")
+    g.add_argument("--weight-vcl", type=float, default=0.1, metavar="ALPHA", help="alpha, of VCL (0.1)")
+    g.add_argument("--weight-icl", type=float, default=0.1, metavar="BETA", help="beta, of ICL (0.1)")
+    g.add_argument("--weight-soft-vcl", type=float, default=1.0, metavar="GAMMA", help="gamma, of Soft VCL (1)")
+    g.add_argument("--weight-soft-icl", type=float, default=1.0, metavar="LAM", help="lam, of Soft ICL (1)")
+    g.add_argument("--tau", type=float, default=0.1, help="temperature of the contrastive distributions (0.1)")
+    g.add_argument("--T", type=float, default=3.0, help="temperature of the KL terms (3)")
+    g.add_argument("--meta-freq", type=int, default=50, metavar="STEPS", help="a meta step every so many steps (50)")
+    g.add_argument("--meta-steps", type=int, default=2, metavar="K", help="virtual steps on the contrastive loss (2)")
+    g = p.add_argument_group("running")
+    g.add_argument("--device", default="auto", help="cpu, cuda or cuda:1; auto takes CUDA if it is there (auto)")
+    g.add_argument("--out-dir", metavar="DIR", help="log, checkpoints, students, picture (out/DATASET-METHOD-ARCH-SEED)")
+    g.add_argument("--resume", action="store_true", help="go on from last.pt in --out-dir")
+    g.add_argument("--evaluate", metavar="CKPT", help="print top-1 and top-5 of every student of a checkpoint, and end")
+    args = p.parse_args(argv)
+
+    if args.num_nets is None:
+        args.num_nets = 2 if len(args.arch) == 1 else len(args.arch)
+    if len(args.arch) == 1:
+        args.arch = args.arch * args.num_nets
+    for flag, good, rule in [
+            ("--num-nets", 1 <= args.num_nets == len(args.arch), "at least 1, and the number of names if --arch has several"),
+            ("--batch-size", args.batch_size >= 2 and args.batch_size % 2 == 0, "even and at least 2: batches are made of pairs"),
+            ("--epochs", args.epochs >= 1, "at least 1"), ("--max-steps", args.max_steps >= 0, "0 (no end) or more"),
+            ("--lr", 0 < args.lr < math.inf, "above 0"), ("--momentum", 0 <= args.momentum < 1, "in [0, 1)"),
+            ("--momentum", args.momentum > 0, "above 0: Nesterov needs it"),
+            ("--weight-decay", 0 <= args.weight_decay < math.inf, "0 or more"),
+            ("--tau", 0 < args.tau < math.inf, "above 0"), ("--T", 0 < args.T < math.inf, "above 0"),
+            ("--meta-freq", args.meta_freq >= 1, "at least 1"), ("--meta-steps", args.meta_steps >= 1, "at least 1"),
+            ("--image-size", args.image_size >= 8, "at least 8"), ("--seed", 0 <= args.seed < 2 ** 63, "0 or more")]:
+        if not good:
+            p.error(f"argument {flag}: must be {rule}")
+    unknown = [n for n in args.arch if n not in models.FAMILIES]
+    if unknown:
+        p.error(f"argument --arch: unknown student {unknown[0]!r}; known: {', '.join(models.FAMILIES)}")
+    return args
+
+
+def pick_device(name):
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except Exception as error:
+        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0][:80]}); try --device cpu")
+    return name
+
+
+def device_name(device):
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device} ({torch.get_num_threads()} threads)"
+
+
+def report(args, dataset, run):
+    """What will be trained, on what, for how long."""
+    for a, (name, student) in enumerate(zip(args.arch, run.cohort.students), start=1):
+        size = dataset.train_images.shape[1]
+        own, whole = (models.multiply_adds(m, size) / 1e6 for m in (student.backbone, student))
+        print(f"student {a}  {name}: {models.parameters(student.backbone):,} parameters, {own:.1f}M multiply-adds"
+              + (f"; with branches {models.parameters(student):,}, {whole:.1f}M" if len(student.branches) else ""))
+    print(f"data       {dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images, "
+          f"{len(dataset.classes)} classes, {size}x{size}")
+    print(f"device     {device_name(args.device)}, torch {torch.__version__}")
+    contrast = (f" + {args.weight_vcl:g} vcl + {args.weight_icl:g} icl + {args.weight_soft_vcl:g} soft_vcl"
+                f" + {args.weight_soft_icl:g} soft_icl; tau {args.tau:g}, T {args.T:g}")
+    print(f"loss       {args.method}: ce" + (" + ce_agg + kd" if args.method == "lmcl" else "")
+          + (contrast if args.method in ("lmcl", "mcl") else ""))
+    print(f"steps      {args.epochs} epochs of {run.steps_per_epoch} steps of {args.batch_size} = "
+          f"{args.epochs * run.steps_per_epoch:,}" + (f", ending at {args.max_steps:,}" if args.max_steps else ""))
+    print(f"output     {args.out_dir}", flush=True)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    args.device = pick_device(args.device)
+    if args.evaluate:
+        return evaluate_checkpoint(args)
+    args.dataset, args.data_dir = args.dataset or "cifar100", args.data_dir or "data"
+    if args.out_dir is None:
+        names = "+".join(args.arch) if len(set(args.arch)) > 1 else f"{args.arch[0]}x{len(args.arch)}"
+        args.out_dir = f"out/{args.dataset}-{args.method}-{names}-{args.seed}"
+    last = Path(args.out_dir) / "last.pt"
+    if last.exists() and not args.resume:
+        raise UserError(f"--out-dir {args.out_dir} holds a run already: --resume goes on with it, "
+                        "another --out-dir starts afresh")
+    dataset = data.load(args.dataset, args.data_dir, args.image_size).to(args.device)
+    if args.batch_size > len(dataset.train_labels):
+        raise UserError(f"--batch-size {args.batch_size} is larger than the training set ({len(dataset.train_labels)} images)")
+    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+    run = Run(args, dataset)
+    if args.resume and not last.exists():
+        print(f"no {last}: starting afresh")
+    elif args.resume:
+        state = read_checkpoint(last, args.device)
+        free = {"device", "data_dir", "out_dir", "max_steps", "resume", "evaluate"}
+        other = [k for k in vars(args) if k not in free and state["args"].get(k) != vars(args)[k]]
+        if other:
+            raise UserError(f"{last} was made with other arguments: " + ", ".join(
+                f"--{k.replace('_', '-')} {state['args'].get(k)} (now {vars(args)[k]})" for k in other))
+        run.load(state)
+    report(args, dataset, run)
+    if args.resume:
+        print(f"resuming   at epoch {run.epoch + 1}, step {run.step}", flush=True)
+    run.write_log()
+    train(args, dataset, run)
+    run.export()
+
+
+def evaluate_checkpoint(args):
+    state = read_checkpoint(args.evaluate, args.device)
+    saved = argparse.Namespace(**state["args"])
+    saved.device = args.device
+    dataset = data.load(args.dataset or saved.dataset, args.data_dir or saved.data_dir, saved.image_size)
+    if dataset.classes != state["classes"]:
+        raise UserError(f"{args.evaluate} was trained on other classes than those of --dataset {dataset.name}")
+    dataset = dataset._replace(mean=state["mean"], std=state["std"]).to(args.device)
+    net, cohort = build(saved, len(dataset.classes))
+    net.load_state_dict(state["net"])
+    for a, (name, top1, top5) in enumerate(zip(saved.arch, *evaluate(cohort, dataset)), start=1):
+        print(f"student {a}  {name}: top-1 {top1:.2f}  top-5 {top5:.2f}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, data.DataError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(1)
