@@ -194,7 +194,7 @@ def mutual_information_bound(embeddings, labels, tau=0.1):
     values = nce(similarity(embeddings[:, None], embeddings, tau), P)     # [N, N, B]
     pairs = values.sum((0, 1)) - values.diagonal().sum(-1)                # [B], over a != b
     N, B = embeddings.shape[:2]
-    log_K = (B - 1 - P.sum(-1)).clamp(min=1).log()                        # [B]
+    log_K = (B - 1 - P.sum(-1, dtype=values.dtype)).clamp(min=1).log()   # [B]
     return mean_over_anchors(log_K - pairs / max(1, N * (N - 1)), P)
 
 

@@ -45,14 +45,12 @@ def test_plan_shows_every_image_once_in_spread_pairs(labels, batch_size):
     same = Counter()
     for batch in plan:
         assert len(batch.index) == len(batch.top) == len(batch.left) == len(batch.flip)
-        pairs = labels[batch.index[:len(batch.index) // 2 * 2]].view(-1, 2)
-        if len(batch.index) % 2:  # the lone image may sit between pairs: look for the pairs by class alone
-            continue
+        pairs = labels[batch.index[:len(batch.index) // 2 * 2]].view(-1, 2)  # without an image that stays alone
         dealt = pairs[pairs[:, 0] == pairs[:, 1], 0].bincount(minlength=len(pairs_of))
         assert (dealt <= -(-pairs_of // steps)).all()
         same.update(dict(enumerate(dealt.tolist())))
-    if n % 2 == 0:
-        assert [same[c] for c in range(len(pairs_of))] == pairs_of.tolist()  # all pairs that a class can make
+    assert sum(size % 2 for size in sizes) == n % 2
+    assert [same[c] for c in range(len(pairs_of))] == pairs_of.tolist()  # every pair that a class can make
 
 
 def test_plan_of_cifar100():
@@ -136,7 +134,7 @@ def test_train_batches_and_their_tail(synthetic):
         assert images.equal(tail_images) and labels.equal(tail_labels)
     plan = epoch_plan(small.train_labels, 100, 4, 5, 3)  # pad: an eighth of 32
     mean, std = torch.tensor(small.mean), torch.tensor(small.std)
-    for (images, labels), batch in zip(batches, plan):
+    for (images, labels), batch in zip(batches, plan, strict=True):
         assert images.equal(normalise(augment(small.train_images, batch, 4), mean, std))
         assert labels.equal(small.train_labels[batch.index])
 
@@ -208,7 +206,8 @@ def test_folder(tmp_path):
     write_folder(tmp_path, splits=('train', 'val'))
     (tmp_path / 'train' / 'cat' / 'notes.txt').write_text('not an image')
     loaded = data.load('folder', str(tmp_path))
-    assert loaded.classes == ['cat', 'dog'] and loaded.train_labels.tolist() == loaded.test_labels.tolist() == [0] * 3 + [1] * 3
+    assert loaded.classes == ['cat', 'dog']
+    assert loaded.train_labels.tolist() == loaded.test_labels.tolist() == [0] * 3 + [1] * 3
     want = np.stack([np.asarray(Image.open(tmp_path / 'train' / 'dog' / f'{i}.png')) for i in range(3)])
     assert np.array_equal(loaded.train_images[3:].numpy(), want)
     pixels = loaded.train_images.double().flatten(0, 2) / 255
@@ -239,8 +238,9 @@ def red(mode):
     return plain.convert(mode), (200, 20, 20)
 
 
-@pytest.mark.parametrize('mode, ending', [('RGB', 'png'), ('RGB', 'webp'), ('L', 'png'), ('LA', 'png'), ('1', 'png'), ('P', 'png'),
-                                          ('RGBA', 'png'), ('CMYK', 'tif'), ('I;16', 'png'), ('I;16', 'tif'), ('I;16', 'pgm')])
+@pytest.mark.parametrize('mode, ending', [
+    ('RGB', 'png'), ('RGB', 'webp'), ('L', 'png'), ('LA', 'png'), ('1', 'png'), ('P', 'png'), ('RGBA', 'png'),
+    ('CMYK', 'tif'), ('I;16', 'png'), ('I;16', 'tif'), ('I;16', 'pgm')])
 def test_folder_takes_every_kind_of_image(tmp_path, mode, ending):
     image, want = red(mode)
     image.save(tmp_path / f'image.{ending}', **({'lossless': True} if ending == 'webp' else {}))
@@ -289,7 +289,7 @@ def test_folder_errors_say_where_and_how(tmp_path):
         return str(caught.value)
 
     root = tmp_path / 'data'
-    assert f'no folder {root};' in message() and 'train/CLASS' in message()
+    assert f'no folder {root} that' in message() and 'train/CLASS' in message()
     root.mkdir()
     assert 'no folder' in message() and str(root / 'train') in message()
     (root / 'train').mkdir()
@@ -353,7 +353,7 @@ class Trap:
 
 @pytest.fixture(params=['cifar100', 'cifar10'])
 def stand_in(request, tmp_path, monkeypatch):
-    """A small archive of the real layout and its MD5 sums, fetched by torchvision's own class from a stand-in server."""
+    """A small archive of the real layout, and its MD5 sums, for torchvision's own class; a stand-in for the server."""
     cifar = data.CIFAR[request.param][0]
     key = 'fine_labels' if request.param == 'cifar100' else 'labels'
     source = tmp_path / 'source' / cifar.base_folder
@@ -391,7 +391,8 @@ def test_cifar_is_fetched_checked_and_unpacked(stand_in, tmp_path, capsys):
         want = np.concatenate([pixels[file].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for file, _ in files])
         assert images.dtype == torch.uint8 and images.is_contiguous() and np.array_equal(images.numpy(), want)
         assert labels.dtype == torch.int64 and labels.tolist() == [0, 1, 2, 2, 1, 0] * len(files)
-    assert loaded.classes == ['apple', 'bear', 'cup'] and loaded.mean[0] == {'cifar100': 0.5071, 'cifar10': 0.4914}[name]
+    assert loaded.classes == ['apple', 'bear', 'cup']
+    assert loaded.mean[0] == {'cifar100': 0.5071, 'cifar10': 0.4914}[name]
     archive.unlink()
     data.load(name, tmp_path / 'new' / 'data')  # the second time from the disk
     assert capsys.readouterr().out == ''
@@ -426,7 +427,8 @@ def test_cifar_names_a_damaged_archive_when_there_is_no_network(stand_in, tmp_pa
         data.load(name, tmp_path)
 
 
-@pytest.mark.parametrize('error', [URLError('Name or service not known'), TimeoutError('timed out'), ConnectionResetError('reset')])
+@pytest.mark.parametrize('error', [URLError('Name or service not known'), TimeoutError('timed out'),
+                                   ConnectionResetError('reset')])
 def test_cifar_without_network_names_the_ways_out(tmp_path, monkeypatch, error):
     timeouts = []
 
