@@ -6,6 +6,7 @@
 
 so that every stage's feature f^l has the same width d and a classifier of its own (SPEC sections 1 and 6).
 A family of networks is one small class with a stem, a stage, a tail and a width; see `ResNet` below.
+`python models.py` prints every student's parameters and multiply-adds.
 
 symbol   meaning                                       shape
 -------  --------------------------------------------  --------------------------------------
@@ -16,9 +17,12 @@ z_a^l    embedding = unit(MLP_a^l(f_a^l))              [N, L, B, 128]
 agg_a    sum_l g_l * logits_a^l, g = softmax(MLP_a)    [N, B, C]
 """
 
+import re
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.models.shufflenetv2 import InvertedResidual
 
 
 # ---------------------------------------------------------------- families
@@ -81,6 +85,150 @@ class ResNet:
         he_normal(module)
 
 
+class PreActivation(nn.Module):
+    """body(ReLU(BN(x))) + shortcut; a shortcut that changes the shape starts behind the ReLU (He et al. 2016b)."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.activation = nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU())
+        self.body = nn.Sequential(conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs), nn.ReLU(),
+                                  conv(outputs, outputs, 3))
+        self.shortcut = conv(inputs, outputs, 1, stride) if stride != 1 or inputs != outputs else None
+
+    def forward(self, x):
+        active = self.activation(x)
+        return self.body(active) + (self.shortcut(active) if self.shortcut else x)
+
+
+class WRN:
+    """Wide residual network (Zagoruyko & Komodakis 2016): depth 6n+4, 16k, 32k, 64k planes; no dropout."""
+
+    stages = 3
+
+    def __init__(self, depth, k):
+        self.blocks, self.k, self.width = (depth - 4) // 6, k, 64 * k
+
+    def stem(self):
+        return conv(3, 16, 3)
+
+    def stage(self, l):
+        outputs = 16 * self.k * 2 ** l
+        first = PreActivation(outputs // 2 if l else 16, outputs, stride=2 if l else 1)
+        return nn.Sequential(first, *(PreActivation(outputs, outputs, 1) for _ in range(self.blocks - 1)))
+
+    def tail(self):
+        return nn.Sequential(nn.BatchNorm2d(self.width), nn.ReLU())
+
+    def initialise(self, module):
+        he_normal(module)
+
+
+class ShuffleNetV2:
+    """ShuffleNetV2 (Ma et al. 2018) of torchvision's units; on CIFAR the stem keeps the resolution."""
+
+    stages, width = 3, 1024
+
+    def __init__(self, *channels):
+        self.channels = (24, *channels)
+
+    def stem(self):
+        return nn.Sequential(conv(3, 24, 3), nn.BatchNorm2d(24), nn.ReLU())
+
+    def stage(self, l):
+        inputs, outputs = self.channels[l:l + 2]
+        return nn.Sequential(InvertedResidual(inputs, outputs, 2),
+                             *(InvertedResidual(outputs, outputs, 1) for _ in range((3, 7, 3)[l])))
+
+    def tail(self):
+        return nn.Sequential(conv(self.channels[-1], 1024, 1), nn.BatchNorm2d(1024), nn.ReLU())
+
+    def initialise(self, module):
+        pass                                                              # PyTorch's own
+
+
+def bn_relu_conv(inputs, outputs, kernel, stride=1, groups=1, dilation=1):
+    return nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU(), nn.Conv2d(
+        inputs, outputs, kernel, stride, padding=kernel // 2 * dilation, dilation=dilation, groups=groups, bias=False))
+
+
+class AttentivePool(nn.Module):
+    """Sum over positions, weighted by the spatial softmax of a 1x1 convolution.  [B, c, h, w] -> [B, c]."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.score = nn.Conv2d(channels, 1, 1)
+
+    def forward(self, x):
+        attention = self.score(x).flatten(2).softmax(-1)                  # [B, 1, h*w]
+        return (x.flatten(2) * attention).sum(-1)
+
+
+class Gate(nn.Module):
+    """forget * h + update: both are vectors over channels, broadcast over positions.  [B, c, h, w] -> the same.
+
+    forget = sigmoid(W2 tanh(BN(W1 pool(h)))); update mixes two pooled depthwise views of h, channel by channel.
+    """
+
+    def __init__(self, c, forget_width, update_width):
+        super().__init__()
+        self.forget = nn.Sequential(AttentivePool(c), nn.Linear(c, forget_width), nn.BatchNorm1d(forget_width), nn.Tanh(),
+                                    nn.Linear(forget_width, c), nn.Sigmoid())
+        self.views = nn.ModuleList(nn.Sequential(bn_relu_conv(c, c, 3, groups=c, dilation=d), AttentivePool(c)) for d in (1, 2))
+        self.squeeze = nn.Sequential(nn.Linear(2 * c, update_width), nn.BatchNorm1d(update_width), nn.Tanh())
+        self.excite = nn.ModuleList(nn.Linear(update_width, c) for _ in range(2))
+
+    def forward(self, h):
+        views = [view(h) for view in self.views]                          # two of [B, c]
+        hidden = self.squeeze(torch.cat(views, 1))                        # [B, update_width]
+        share = torch.stack([linear(hidden) for linear in self.excite]).softmax(0)        # [2, B, c]
+        update = (share * torch.stack(views)).sum(0)                      # [B, c]
+        return self.forget(h)[..., None, None] * h + update[..., None, None]
+
+
+class Cell(nn.Module):
+    """1x1 to 4k, 3x3 with 4 groups to k, gate; the k new channels are appended to the input's."""
+
+    def __init__(self, inputs, k):
+        super().__init__()
+        self.body = nn.Sequential(bn_relu_conv(inputs, 4 * k, 1), bn_relu_conv(4 * k, k, 3, groups=4), Gate(k, k // 2, k))
+
+    def forward(self, x):
+        return torch.cat([x, self.body(x)], 1)
+
+
+class HCGNet:
+    """Hybrid connectivity with gates (Yang et al., AAAI 2020): three stages of eight cells with growth k_s."""
+
+    stages = 3
+
+    def __init__(self, *growth):
+        self.growth, c, self.inputs = growth, 2 * growth[0], []
+        for k in growth:
+            self.inputs.append(c)
+            self.width = c + 8 * k
+            c = self.width // 2
+
+    def stem(self):
+        return conv(3, self.inputs[0], 3)
+
+    def stage(self, l):
+        """Eight cells and, but for the last stage, the transition that halves channels and resolution."""
+        c, k = self.inputs[l], self.growth[l]
+        cells = [Cell(c + i * k, k) for i in range(8)]
+        c, half = c + 8 * k, (c + 8 * k) // 2
+        if l < self.stages - 1:
+            between = c - (c - half) // 2
+            cells += [bn_relu_conv(c, between, 1), bn_relu_conv(between, half, 3, stride=2),
+                      Gate(half, half // 4, 2 * half // 4)]
+        return nn.Sequential(*cells)
+
+    def tail(self):
+        return nn.Sequential(nn.BatchNorm2d(self.width), nn.ReLU())
+
+    def initialise(self, module):
+        pass                                                              # PyTorch's own
+
+
 def he_normal(module):
     """Convolutions He-normal, fan-out (He et al. 2015); everything else as PyTorch starts it."""
     if isinstance(module, nn.Conv2d):
@@ -90,7 +238,20 @@ def he_normal(module):
 FAMILIES = {
     "resnet8": ResNet(8), "resnet20": ResNet(20), "resnet32": ResNet(32), "resnet44": ResNet(44),
     "resnet56": ResNet(56), "resnet110": ResNet(110, bottleneck=True),
+    "wrn_16_2": WRN(16, 2), "wrn_40_2": WRN(40, 2), "wrn_28_4": WRN(28, 4),    # and any other wrn_D_K
+    "shufflenetv2_0.5": ShuffleNetV2(48, 96, 192), "shufflenetv2_1": ShuffleNetV2(116, 232, 464),
+    "hcgnet_a1": HCGNet(12, 24, 36), "hcgnet_a2": HCGNet(24, 36, 64),
 }
+
+
+def family(name):
+    """The family of that name in FAMILIES, or wrn_D_K. Raises ValueError for any other."""
+    wide = re.fullmatch(r"wrn_(\d{2,3})_(\d{1,2})", name)
+    if name not in FAMILIES and wide and (int(wide[1]) - 4) % 6 == 0 and int(wide[1]) >= 10 and int(wide[2]) >= 1:
+        return WRN(int(wide[1]), int(wide[2]))
+    if name not in FAMILIES:
+        raise ValueError(f"unknown student {name!r}; known: {', '.join(FAMILIES)}, and wrn_D_K with D = 6n+4")
+    return FAMILIES[name]
 
 
 # ---------------------------------------------------------------- students from families
@@ -148,7 +309,7 @@ class Student(nn.Module):
 class Cohort(nn.Module):
     """N students on the same images.
 
-    names: of students in FAMILIES, alike or different. branches=False leaves the backbones alone (L = 1).
+    names: of students (see `family`), alike or different. branches=False leaves the backbones alone (L = 1).
     Called with images [B, 3, H, W], returns features, a list over students of [L, B, d_a], and logits
     [N, L, B, C]. Raises ValueError for an unknown name or students of unequal numbers of stages.
 
@@ -157,10 +318,7 @@ class Cohort(nn.Module):
 
     def __init__(self, names, num_classes, branches=True):
         super().__init__()
-        unknown = [n for n in names if n not in FAMILIES]
-        if unknown:
-            raise ValueError(f"unknown student {unknown[0]!r}; known: {', '.join(FAMILIES)}")
-        families = [FAMILIES[n] for n in names]
+        families = [family(n) for n in names]
         if len({f.stages for f in families}) > 1:
             raise ValueError("students of one cohort must have the same number of stages, got "
                              + ", ".join(f"{n}: {f.stages}" for n, f in zip(names, families)))
@@ -231,3 +389,11 @@ def multiply_adds(module, image_size=32):
         module.eval()(torch.zeros(1, 3, image_size, image_size, device=example.device, dtype=example.dtype))
     module.train(training)
     return counter.get_total_flops() // 2
+
+
+if __name__ == "__main__":
+    print("student            width   backbone params   branches' params   multiply-adds: backbone   with branches")
+    for name in FAMILIES:
+        student = Cohort([name], num_classes=100).students[0]
+        print(f"{name:17} {family(name).width:6}   {parameters(student.backbone):15,}   {parameters(student.branches):16,}"
+              f"   {multiply_adds(student.backbone) / 1e6:22.1f}M   {multiply_adds(student) / 1e6:12.1f}M")

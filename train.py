@@ -318,9 +318,12 @@ def parse_arguments(argv=None):
             ("--image-size", args.image_size >= 8, "at least 8"), ("--seed", 0 <= args.seed < 2 ** 63, "0 or more")]:
         if not good:
             p.error(f"argument {flag}: must be {rule}")
-    unknown = [n for n in args.arch if n not in models.FAMILIES]
-    if unknown:
-        p.error(f"argument --arch: unknown student {unknown[0]!r}; known: {', '.join(models.FAMILIES)}")
+    try:
+        stages = {models.family(name).stages for name in args.arch}
+    except ValueError as error:
+        p.error(f"argument --arch: {error}")
+    if len(stages) > 1:
+        p.error(f"argument --arch: {', '.join(args.arch)} have different numbers of stages, which cannot be matched")
     return args
 
 
