@@ -214,7 +214,7 @@ def _draw(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """One image for each label, uint8 [b, size, size, 3]: a textured shape of two colours on a third, noise over all.
 
     Place, scale and two rotations are drawn anew for each image. The five shapes have the same area, and every colour
-    is spread evenly about mid-gray, so that the mean colour of an image does not tell its class.
+    is spread evenly about mid-gray, so that the classes do not differ in their mean colour.
     """
     b = len(labels)
 
@@ -311,10 +311,9 @@ def epoch_plan(labels: Tensor, batch_size: int, pad: int, seed: int, epoch: int)
     classes = torch.randperm(len(counts), generator=generator).tolist()
     for group in classes + [len(counts), len(counts) + 1]:
         every, rest = divmod(groups[group], steps)
-        least = (load + torch.rand(steps, generator=generator)).argsort()[:rest]  # ties at random
+        least = (load + torch.rand(steps, generator=generator)).argsort()[:rest]  # ties at random: no batch is special
         load[least] += 1
         batch_of[starts[group]:starts[group + 1]] = torch.cat([torch.arange(steps).repeat(every), least])
-    batch_of = torch.randperm(steps, generator=generator)[batch_of]  # batches in random order
 
     place = 0.9 * torch.rand(len(pairs), generator=generator, dtype=torch.float64)
     if n % 2:

@@ -173,15 +173,13 @@ def batch_statistics(module):
 
 # ---------------------------------------------------------------- the picture
 
-def draw_matching(weights, names, path):
+def draw_matching(weights, names, file):
     """A PNG of the mean matching weights: one panel per pair of students, stage by stage, the values written in.
 
-    weights [N, L, N, L], means of lambda over samples; names of the N students.
+    weights [N, L, N, L], means of lambda over samples; names of the N students; file: a path or a binary file.
     """
     weights, N, L = weights.detach().cpu(), len(names), weights.shape[1]
     pairs = [(a, b) for a in range(N) for b in range(a + 1, N)]
-    if not pairs:
-        return
     shown = torch.stack([weights[a, :, b] for a, b in pairs])             # [pairs, L, L]
     low, high = shown.min().item(), shown.max().item()
     cell, left, top, columns = 72, 96, 84, min(3, len(pairs))
@@ -206,4 +204,4 @@ def draw_matching(weights, names, path):
                                                for light, dark in zip((237, 244, 252), (8, 61, 127))))
                 write(box[0] + cell / 2 - 2, box[1] + cell / 2 - 2, f"{block[l][m]:.3f}", 16,
                       fill="white" if depth > 0.5 else "black")
-    picture.save(path)
+    picture.save(file, format="PNG")

@@ -31,8 +31,8 @@ UNEQUAL = torch.repeat_interleave(torch.arange(7), torch.tensor([1, 2, 33, 400, 
 SINGLES = torch.arange(40)
 
 
-@pytest.mark.parametrize('labels, batch_size', [(EQUAL_100, 128), (EQUAL_10, 64), (UNEQUAL, 16), (UNEQUAL, 500),
-                                                (SINGLES, 8), (torch.zeros(3, dtype=torch.int64), 2)])
+@pytest.mark.parametrize('labels, batch_size', [(EQUAL_100, 128), (EQUAL_10, 64), (UNEQUAL, 16), (UNEQUAL[1:], 16),
+                                                (UNEQUAL, 500), (SINGLES, 8), (torch.zeros(3, dtype=torch.int64), 2)])
 def test_plan_shows_every_image_once_in_spread_pairs(labels, batch_size):
     n, steps = len(labels), len(labels) // batch_size
     plan = epoch_plan(labels, batch_size, pad=4, seed=1, epoch=2)
@@ -70,6 +70,7 @@ def test_plan_is_a_function_of_seed_and_epoch():
     assert all(a.equal(b) for a, b in zip(first, flat(0, 1)))
     assert not any(a.equal(b) for a, b in zip(first, flat(0, 2)))
     assert not any(a.equal(b) for a, b in zip(first, flat(1, 0)))
+    assert not any(a.equal(b) for a, b in zip(first, flat(1, 1)))
     torch.set_rng_state(state)
     flat(0, 1)
     assert torch.get_rng_state().equal(state)
@@ -180,14 +181,14 @@ def test_synthetic_image_size():
 
 
 def test_synthetic_classes_cannot_be_told_by_colour(synthetic):
-    """Linear and nearest-mean classifiers on each image's mean colour and its spread stay near the chance of 5%."""
+    """Linear and nearest-mean classifiers on each image's mean colour stay near the chance of 5%."""
     train, test = (i.double().flatten(1, 2).mean(1) / 255 for i in (synthetic.train_images, synthetic.test_images))
     labels, truth = synthetic.train_labels, synthetic.test_labels
     centres = torch.stack([train[labels == c].mean(0) for c in range(20)])
-    assert (torch.cdist(test, centres).argmin(1) == truth).double().mean() < 0.08
+    assert (torch.cdist(test, centres).argmin(1) == truth).double().mean() < 0.065
     one = [torch.cat([x, torch.ones(len(x), 1)], 1) for x in (train, test)]
     weights = torch.linalg.lstsq(one[0], torch.nn.functional.one_hot(labels).double()).solution
-    assert ((one[1] @ weights).argmax(1) == truth).double().mean() < 0.08
+    assert ((one[1] @ weights).argmax(1) == truth).double().mean() < 0.065
 
 
 # ------------------------------------------------------------------------------ a folder of images
@@ -337,6 +338,7 @@ def test_folder_with_a_decompression_bomb(tmp_path, monkeypatch):
 def test_unknown_data_set():
     with pytest.raises(DataError, match='mnist.*cifar100'):
         data.load('mnist')
+    assert str(DataError('two\nlines')) == 'two lines'
 
 
 # ------------------------------------------------------------------------------------------- CIFAR
@@ -371,6 +373,7 @@ def stand_in(request, tmp_path, monkeypatch):
     def serve(request):
         if not archive.exists():
             raise URLError('Name or service not known')
+        print('progress')  # as older torchvisions do
         response = io.BytesIO(archive.read_bytes())
         response.url, response.length = request.full_url, archive.stat().st_size
         return response

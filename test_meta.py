@@ -229,7 +229,5 @@ def test_picture(tmp_path):
     w = torch.rand(4, 3, 4, 3, generator=torch.Generator().manual_seed(0))
     meta.draw_matching(w, ["resnet8"] * 4, tmp_path / "four.png")
     meta.draw_matching(w[:2, :, :2], ["resnet8", "resnet110"], tmp_path / "two.png")
-    meta.draw_matching(w[:1, :, :1], ["resnet8"], tmp_path / "one.png")   # nothing to match
     four, two = Image.open(tmp_path / "four.png"), Image.open(tmp_path / "two.png")
     assert four.height > two.height and len(two.getcolors(100000)) > 9
-    assert not (tmp_path / "one.png").exists()

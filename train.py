@@ -12,6 +12,7 @@ The method is that of Yang et al., TPAMI 2023 (arXiv 2207.11518); section number
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+import checkpoint
 import data
 import losses
 import meta
@@ -39,6 +41,10 @@ CHECKPOINT_FORMAT = 1
 
 class UserError(Exception):
     """Something the user can mend; main() prints its one line and exits with status 1."""
+
+
+class Interrupted(UserError):
+    """A signal ended the run after a step; everything is saved."""
 
 
 # ---------------------------------------------------------------- the objective
@@ -94,6 +100,7 @@ def build(args, num_classes):
 # ---------------------------------------------------------------- the algorithm
 
 def train(args, dataset, run):
+    """The ordinary step on every batch, the meta step on every --meta-freq-th, evaluation after every epoch."""
     for epoch in range(run.epoch, args.epochs):
         lr = args.lr / 2 * (1 + math.cos(math.pi * epoch / args.epochs))
         run.begin(lr)
@@ -110,14 +117,12 @@ def train(args, dataset, run):
                     contrast=lambda z, w: weighted(args, losses.lmcl_loss(z, labels, w, args.tau, args.T)),
                     task=lambda logits: losses.cross_entropy(logits, labels),
                     inner_steps=args.meta_steps, lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
-            run.progress()
-            if run.total_steps == args.max_steps:
-                break
-
-        means = run.means()
-        run.end_of_epoch(means, *evaluate(run.cohort, dataset))
+            if run.pause_after_step():
+                return
+        run.stop_clock()
+        run.end_of_epoch(*evaluate(run.cohort, dataset))
         if run.total_steps == args.max_steps:
-            break
+            return
 
 
 @torch.no_grad()
@@ -129,32 +134,35 @@ def evaluate(cohort, dataset):
         logits = torch.stack([student.backbone(images) for student in cohort.students])     # [N, B, C]
         best = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]             # [N, B, 5]
         hits = hits + torch.stack([best[..., 0].sum(1), best.any(-1).sum(1)])               # [2, N]
-    return (100 * hits / len(dataset.test_labels)).tolist()                                 # the host waits here
+    hits = (100 * hits / len(dataset.test_labels)).tolist()                                 # the host waits here
+    return [[round(x, 2) for x in row] for row in hits]
 
 
 # ---------------------------------------------------------------- a run: its state, log, checkpoints and pictures
 
 class Run:
-    """What changes while training (all of it is in a checkpoint) and what it leaves in --out-dir."""
+    """What changes while training, all of it in a checkpoint, and what a run leaves in --out-dir."""
 
-    def __init__(self, args, dataset):
-        self.args, self.dataset = args, dataset
+    CARRIED = ("epoch", "step", "total_steps", "best", "log", "sums", "healthy", "matching", "images", "seconds")
+
+    def __init__(self, args, dataset, signals):
+        self.args, self.dataset, self.signals, self.out = args, dataset, signals, Path(args.out_dir)
         self.net, self.cohort = build(args, len(dataset.classes))
         sgd = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=True)
         trained = [p for name, module in self.net.items() if name != "matching" for p in module.parameters()]
         self.optimizer = torch.optim.SGD(trained, fused=True, **sgd)
         self.meta_optimizer = torch.optim.SGD(self.net["matching"].parameters(), **sgd) if "matching" in self.net else None
         self.epoch = self.step = self.total_steps = 0      # the next epoch, the next step in it, steps done in all
-        self.steps_per_epoch = max(1, len(dataset.train_labels) // args.batch_size)
+        self.steps_per_epoch = len(dataset.train_labels) // args.batch_size
         self.best = -1.0                                   # best mean top-1 over epochs
-        self.log = [dict(command=shlex.join(["python", *sys.argv]), args=vars(args), torch=torch.__version__,
+        self.log = [dict(command=shlex.join(["python", *sys.argv]), args=vars(args), torch=str(torch.__version__),
                          device=device_name(args.device), classes=dataset.classes)]
         self.reset()
-        self.shown = 0.0
+        self.shown = self.saved = time.perf_counter()
 
     def reset(self):
-        """What is summed over an epoch: terms, matching weights, images, seconds of training."""
-        self.sums, self.matching, self.images, self.seconds = {}, torch.zeros(()), 0, 0.0
+        """What is summed over an epoch: terms, finite steps, matching weights, images, seconds of training."""
+        self.sums, self.healthy, self.matching, self.images, self.seconds = {}, 0, 0, 0, 0.0
 
     def begin(self, lr):
         self.net.train()
@@ -164,73 +172,100 @@ class Run:
                 group["lr"] = lr
 
     def count(self, terms, weights, images):
-        """Add a step to the epoch's means, on the device: the host does not wait."""
-        self.step, self.total_steps, self.images = self.step + 1, self.total_steps + 1, self.images + images
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-        if weights is not None:
-            self.matching = self.matching.to(weights.device) + weights.mean(-1)   # [N, L, N, L]
+        """Add a step to the epoch's sums, on the device: the host does not wait.
 
-    def progress(self):
-        """On a terminal, a line every second."""
-        now = time.perf_counter()
-        if not sys.stderr.isatty() or now - self.shown < 1:
-            return
-        loss = float(self.sums["loss"]) / self.step                           # the host waits here
-        rate = self.images / (self.seconds + now - self.clock)
-        left = ((self.args.epochs - self.epoch) * len(self.dataset.train_labels) - self.images) / rate
-        print(f"\repoch {self.epoch + 1}/{self.args.epochs}  step {self.step}/{self.steps_per_epoch}  loss {loss:.3f}  "
-              f"{rate:.0f} images/s  {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left  ",
-              end="", file=sys.stderr, flush=True)
-        self.shown = now
+        From the first step that is not finite on, the sums stand still and `healthy` counts no further.
+        """
+        self.step, self.total_steps, self.images = self.step + 1, self.total_steps + 1, self.images + images
+        values = torch.stack([v.detach() for v in terms.values()])
+        before = self.sums.get("values", torch.zeros_like(values))
+        well = before.isfinite().all()
+        self.sums = {"names": list(terms), "values": torch.where(well, before + values, before)}
+        self.healthy = self.healthy + self.sums["values"].isfinite().all()
+        if weights is not None:
+            self.matching = self.matching + weights.mean(-1)                  # [N, L, N, L]
 
     def means(self):
-        """The epoch's mean of each term so far."""
-        means = {name: round(float(total) / self.step, 6) for name, total in self.sums.items()}   # the host waits here
-        self.seconds += time.perf_counter() - self.clock
+        """The epoch's mean of each term so far. Raises UserError if a term was not finite."""
+        means = {k: v / self.step for k, v in zip(self.sums["names"], self.sums["values"].tolist())}   # the host waits
+        bad = [name for name, value in means.items() if not math.isfinite(value) and name != "loss"]
+        if int(self.healthy) < self.step:
+            kept = self.out / "last.pt"
+            raise UserError(f"{', '.join(bad) or 'loss'} became infinite or NaN at step "
+                            f"{self.total_steps - self.step + int(self.healthy) + 1}: try a smaller --lr; "
+                            + (f"{kept} is from before that" if kept.exists() else "nothing was saved yet"))
         return means
 
-    def end_of_epoch(self, means, top1, top5):
-        """Log, checkpoints and picture. An epoch that --max-steps cut short is logged, but not counted as done."""
-        top1, top5 = ([round(x, 2) for x in row] for row in (top1, top5))
-        line = dict(epoch=self.epoch + 1, step=self.total_steps, lr=self.lr, **means, test_top1=top1, test_top5=top5,
-                    images_per_second=round(self.images / self.seconds, 1), seconds=round(self.seconds, 2))
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)
-        print(f"epoch {self.epoch + 1:3d}  step {self.total_steps}  lr {self.lr:.4f}  loss {means['loss']:.3f}  "
+    def pause_after_step(self):
+        """Progress, --save-every, signals and --max-steps. True if the run is to end here, inside an epoch."""
+        now, args = time.perf_counter(), self.args
+        if sys.stderr.isatty() and now - self.shown > 1:
+            self.show_progress()
+            self.shown = now
+        if self.signals.name or args.save_every and now - self.saved > 60 * args.save_every:
+            self.save("last.pt")
+        if self.signals.name:
+            raise Interrupted(f"{self.signals.name}: saved {self.out / 'last.pt'} after step {self.total_steps}; "
+                              "the same command with --resume goes on")
+        if self.total_steps == args.max_steps and self.step < self.steps_per_epoch:
+            self.save("last.pt")
+            self.write_log(self.line(*evaluate(self.cohort, self.dataset)))
+            return True
+        return False
+
+    def stop_clock(self):
+        """Training time is counted without evaluation and saving; the host waits for the device first."""
+        self.means()
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+
+    def show_progress(self):
+        rate = self.images / (self.seconds + time.perf_counter() - self.clock)
+        left = ((self.args.epochs - self.epoch) * len(self.dataset.train_labels) - self.images) / rate
+        print(f"\repoch {self.epoch + 1}/{self.args.epochs}  step {self.step}/{self.steps_per_epoch}  "
+              f"loss {self.means()['loss']:.3f}  {rate:.0f} images/s  "
+              f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left  ", end="", file=sys.stderr, flush=True)
+
+    def line(self, top1, top5):
+        """The log's line for this epoch, printed too."""
+        means = self.means()
+        line = dict(epoch=self.epoch + 1, step=self.total_steps, lr=self.lr, **{k: round(v, 6) for k, v in means.items()},
+                    test_top1=top1, test_top5=top5, images_per_second=round(self.images / self.seconds, 1),
+                    seconds=round(self.seconds, 2))
+        clear = "\r\033[K" if sys.stderr.isatty() else ""
+        print(f"{clear}epoch {self.epoch + 1:3d}  step {self.total_steps}  lr {self.lr:.4f}  loss {means['loss']:.3f}  "
               f"ce {means['ce']:.3f}  top-1 {' '.join(f'{x:.2f}' for x in top1)}  "
               f"{line['images_per_second']:.0f} images/s", flush=True)
-        bad = [name for name, value in means.items() if not math.isfinite(value)]
-        if bad:
-            raise UserError(f"{', '.join(bad)} became infinite or NaN in epoch {self.epoch + 1}; last.pt is from before "
-                            "this epoch. Try a smaller --lr")
-        if self.args.method == "lmcl":
-            meta.draw_matching(self.matching / self.step, self.args.arch, Path(self.args.out_dir) / "matching.png")
-        if self.step == self.steps_per_epoch:
-            self.log.append(line)
-            self.epoch, self.step = self.epoch + 1, 0
-            self.reset()
-            self.save("last.pt")
-            if sum(top1) / len(top1) > self.best:
-                self.best = sum(top1) / len(top1)
-                self.save("best.pt")
-            self.write_log()
-        else:
-            self.save("last.pt")
-            self.write_log(line)
+        if self.args.method == "lmcl" and len(self.args.arch) > 1:
+            picture = io.BytesIO()
+            meta.draw_matching(self.matching / self.step, self.args.arch, picture)
+            checkpoint.write(self.out / "matching.png", picture.getvalue())
+        return line
+
+    def end_of_epoch(self, top1, top5):
+        self.log.append(self.line(top1, top5))
+        self.epoch, self.step = self.epoch + 1, 0
+        self.reset()
+        improved, self.best = sum(top1) / len(top1) > self.best, max(self.best, sum(top1) / len(top1))
+        self.save("last.pt")
+        if improved:
+            self.save("best.pt")
+        self.write_log()
 
     def write_log(self, *unfinished):
+        """log.jsonl from the checkpoint's own copy: no line twice, none missing, whatever was interrupted."""
         text = "".join(json.dumps(line) + "\n" for line in [*self.log, *unfinished])
-        write_atomically(Path(self.args.out_dir) / "log.jsonl", lambda path: path.write_text(text))
+        checkpoint.write(self.out / "log.jsonl", text.encode())
 
     def save(self, name):
+        if self.step:
+            self.stop_clock()                              # which also sees that nothing is saved that is not finite
         state = dict(format=CHECKPOINT_FORMAT, args=vars(self.args), classes=self.dataset.classes,
                      mean=self.dataset.mean, std=self.dataset.std, net=self.net.state_dict(),
                      optimizers=[o.state_dict() for o in (self.optimizer, self.meta_optimizer) if o],
                      **{k: getattr(self, k) for k in self.CARRIED})
-        write_atomically(Path(self.args.out_dir) / name, lambda path: torch.save(state, path))
-
-    CARRIED = ("epoch", "step", "total_steps", "best", "log", "sums", "matching", "images", "seconds")
+        checkpoint.save(self.out / name, state, keep=self.out / "previous.pt" if name == "last.pt" else None)
+        self.saved = time.perf_counter()
 
     def load(self, state):
         self.net.load_state_dict(state["net"])
@@ -242,26 +277,17 @@ class Run:
     def export(self):
         """Each student alone: the state of models.Backbone, whose keys need nothing else of this project."""
         for a, (name, student) in enumerate(zip(self.args.arch, self.cohort.students), start=1):
-            path = Path(self.args.out_dir) / f"student_{a}_{name}.pt"
-            write_atomically(path, lambda p: torch.save(student.backbone.state_dict(), p))
-
-
-def write_atomically(path, write):
-    """A reader finds the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+            content = io.BytesIO()
+            torch.save(student.backbone.state_dict(), content)
+            checkpoint.write(self.out / f"student_{a}_{name}.pt", content.getvalue())
 
 
 def read_checkpoint(path, device):
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}")
-    except Exception as error:
-        raise UserError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0][:80]})")
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this program (last.pt or best.pt of an --out-dir is)")
+    state = checkpoint.load(path, device)
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+        raise UserError(f"{path} is no checkpoint of this program (last.pt and best.pt of an --out-dir are)")
+    if state["format"] > CHECKPOINT_FORMAT:
+        raise UserError(f"{path} is of format {state['format']}, newer than this program's {CHECKPOINT_FORMAT}: update it")
     return state
 
 
@@ -299,6 +325,8 @@ def parse_arguments(argv=None):
     g.add_argument("--device", default="auto", help="cpu, cuda or cuda:1; auto takes CUDA if it is there (auto)")
     g.add_argument("--out-dir", metavar="DIR", help="log, checkpoints, students, picture (out/DATASET-METHOD-ARCH-SEED)")
     g.add_argument("--resume", action="store_true", help="go on from last.pt in --out-dir")
+    g.add_argument("--save-every", type=float, default=0, metavar="MINUTES", help="save inside epochs too; 0: after each (0)")
+    g.add_argument("--deterministic", action="store_true", help="bit-equal runs on CUDA too, slower (always so on the CPU)")
     g.add_argument("--evaluate", metavar="CKPT", help="print top-1 and top-5 of every student of a checkpoint, and end")
     args = p.parse_args(argv)
 
@@ -315,6 +343,7 @@ def parse_arguments(argv=None):
             ("--weight-decay", 0 <= args.weight_decay < math.inf, "0 or more"),
             ("--tau", 0 < args.tau < math.inf, "above 0"), ("--T", 0 < args.T < math.inf, "above 0"),
             ("--meta-freq", args.meta_freq >= 1, "at least 1"), ("--meta-steps", args.meta_steps >= 1, "at least 1"),
+            ("--save-every", 0 <= args.save_every < math.inf, "0 (only after epochs) or more"),
             ("--image-size", args.image_size >= 8, "at least 8"), ("--seed", 0 <= args.seed < 2 ** 63, "0 or more")]:
         if not good:
             p.error(f"argument {flag}: must be {rule}")
@@ -362,40 +391,63 @@ def report(args, dataset, run):
     print(f"output     {args.out_dir}", flush=True)
 
 
-def main(argv=None):
-    args = parse_arguments(argv)
+def run_command(args):
     args.device = pick_device(args.device)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     if args.evaluate:
         return evaluate_checkpoint(args)
     args.dataset, args.data_dir = args.dataset or "cifar100", args.data_dir or "data"
     if args.out_dir is None:
         names = "+".join(args.arch) if len(set(args.arch)) > 1 else f"{args.arch[0]}x{len(args.arch)}"
         args.out_dir = f"out/{args.dataset}-{args.method}-{names}-{args.seed}"
-    last = Path(args.out_dir) / "last.pt"
-    if last.exists() and not args.resume:
-        raise UserError(f"--out-dir {args.out_dir} holds a run already: --resume goes on with it, "
-                        "another --out-dir starts afresh")
+    out, found = Path(args.out_dir), None
+    kept = [path for path in (out / "last.pt", out / "previous.pt") if path.exists()]
+    if kept and not args.resume:
+        raise UserError(f"--out-dir {out} holds a run already: --resume goes on with it, another --out-dir starts afresh")
+    if kept:
+        try:
+            found = read_checkpoint(kept[0], args.device)
+        except checkpoint.CheckpointError as error:
+            raise UserError(f"{error}" + (f"; to go on from the one before it: mv {kept[1]} {kept[0]}" if kept[1:] else ""))
+        compare_arguments(args, found["args"], kept[0])
+
     dataset = data.load(args.dataset, args.data_dir, args.image_size).to(args.device)
     if args.batch_size > len(dataset.train_labels):
         raise UserError(f"--batch-size {args.batch_size} is larger than the training set ({len(dataset.train_labels)} images)")
-    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
-    run = Run(args, dataset)
-    if args.resume and not last.exists():
-        print(f"no {last}: starting afresh")
-    elif args.resume:
-        state = read_checkpoint(last, args.device)
-        free = {"device", "data_dir", "out_dir", "max_steps", "resume", "evaluate"}
-        other = [k for k in vars(args) if k not in free and state["args"].get(k) != vars(args)[k]]
-        if other:
-            raise UserError(f"{last} was made with other arguments: " + ", ".join(
-                f"--{k.replace('_', '-')} {state['args'].get(k)} (now {vars(args)[k]})" for k in other))
-        run.load(state)
-    report(args, dataset, run)
-    if args.resume:
-        print(f"resuming   at epoch {run.epoch + 1}, step {run.step}", flush=True)
-    run.write_log()
-    train(args, dataset, run)
-    run.export()
+    if found and found["classes"] != dataset.classes:
+        raise UserError(f"{kept[0]} was trained on other classes than those in --data-dir {args.data_dir}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --out-dir {out} ({error.strerror}): give another one")
+    with checkpoint.Signals() as signals:
+        run = Run(args, dataset, signals)
+        if found:
+            run.load(found)
+        run.write_log()
+        report(args, dataset, run)
+        if args.resume:
+            print(f"resuming   {kept[0]}, {run.total_steps:,} steps done" if found else f"resuming   no {out / 'last.pt'}: "
+                  "starting afresh", flush=True)
+        train(args, dataset, run)
+        run.export()
+
+
+def compare_arguments(args, saved, path):
+    """Resuming goes on with the same run; only where it runs and how long this part lasts may differ."""
+    free = {"device", "data_dir", "out_dir", "max_steps", "save_every", "resume", "evaluate"}
+    other = [k for k in vars(args) if k not in free and saved.get(k) != vars(args)[k]]
+    if other:
+        raise UserError(f"{path} was made with other arguments: " + ", ".join(
+            f"--{k.replace('_', '-')} {shown(saved.get(k))} (now {shown(vars(args)[k])})" for k in other)
+            + "; give the same ones, or another --out-dir"
+            + (" (another --epochs would be another learning-rate schedule)" if "epochs" in other else ""))
+
+
+def shown(value):
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def evaluate_checkpoint(args):
@@ -412,9 +464,18 @@ def evaluate_checkpoint(args):
         print(f"student {a}  {name}: top-1 {top1:.2f}  top-5 {top5:.2f}")
 
 
-if __name__ == "__main__":
+def main(argv=None):
+    """Run the command line; whatever the user can mend ends in one line and status 1 (2 for a wrong flag)."""
+    args = parse_arguments(argv)
     try:
-        main()
-    except (UserError, data.DataError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        run_command(args)
+    except (UserError, data.DataError, checkpoint.CheckpointError) as error:
+        print(f"train.py: {'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr)
         sys.exit(1)
+    except torch.OutOfMemoryError:
+        print(f"train.py: error: out of memory on {args.device}: try a smaller --batch-size", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
