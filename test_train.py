@@ -1,0 +1,388 @@
+"""train.py: the objective against its formula, the loop's schedule, resuming, outputs, and what users do wrong."""
+
+import ast
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import checkpoint
+import data
+import losses
+import meta
+import models
+import train
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder data set: 6 classes, 9 training and 3 test images each, 16x16."""
+    root = tmp_path_factory.mktemp("images")
+    draw = torch.Generator().manual_seed(0)
+    for split, n in (("train", 9), ("test", 3)):
+        for c in range(6):
+            (root / split / f"class{c}").mkdir(parents=True)
+            for i in range(n):
+                pixels = torch.randint(0, 128, (16, 16, 3), generator=draw, dtype=torch.uint8) + 20 * c
+                Image.fromarray(pixels.numpy()).save(root / split / f"class{c}" / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def run(images, tmp_path, monkeypatch):
+    """Run train.py in this process on the tiny data set: 3 steps an epoch, a meta step at every second."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags, out="out", epochs=2):
+        train.main(["--dataset", "folder", "--data-dir", str(images), "--image-size", "16", "--arch", "resnet8",
+                    "--batch-size", "18", "--meta-freq", "2", "--device", "cpu", "--epochs", str(epochs),
+                    "--out-dir", out, *map(str, flags)])
+        return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def without_times(log):
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "command", "args")} for line in log]
+
+
+def state(path):
+    """Everything in a checkpoint but times and the arguments."""
+    s = checkpoint.load(path)
+    return {**{k: v for k, v in s.items() if k not in ("seconds", "args")}, "log": without_times(s["log"])}
+
+
+def assert_equal(a, b, where="state"):
+    assert type(a) is type(b), where
+    if torch.is_tensor(a):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for k in a:
+            assert_equal(a[k], b[k], f"{where}.{k}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_equal(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+# ---------------------------------------------------------------- the objective
+
+def make(method, *flags, arch=("resnet8", "resnet8"), classes=5):
+    args = train.parse_arguments(["--method", method, "--arch", *arch, "--device", "cpu", *flags])
+    net, cohort = train.build(args, classes)
+    torch.manual_seed(1)
+    return args, net, torch.randn(6, 3, 16, 16), torch.tensor([0, 0, 1, 1, 2, 3])
+
+
+def test_lmcl_objective_is_the_sum_of_section_4():
+    args, net, x, y = make("lmcl", arch=["resnet8", "resnet8", "wrn_10_1"])
+    loss, terms, weights = train.objective(args, net, x, y)
+    features, z, logits = net["students"](x)                              # train-mode batch norm: the same again
+    agg, expected, N, L = net["aggregator"](features, logits), 0, 3, 3
+    for a in range(N):
+        expected += F.cross_entropy(agg[a], y)
+        for l in range(L):
+            expected += F.cross_entropy(logits[a, l], y)
+        for b in range(N):
+            expected += 9 * F.kl_div((logits[a, -1] / 3).log_softmax(-1), (agg[b] / 3).softmax(-1), reduction="batchmean")
+            for l in range(L):
+                for m in range(L):
+                    if a != b:                                            # one weight per pair: the mean of per-anchor parts
+                        pair = losses.lmcl_loss(torch.stack([z[a, l:l + 1], z[b, m:m + 1]]), y,
+                                                pair_weights(weights[a, l, b, m]))
+                        expected += 0.5 * (0.1 * pair["vcl"] + 0.1 * pair["icl"] + pair["soft_vcl"] + pair["soft_icl"])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert list(terms) == ["loss", "ce", "ce_agg", "kd", "vcl", "soft_vcl", "icl", "soft_icl", "mi_bound"]
+    assert not weights.requires_grad
+
+
+def pair_weights(w):
+    """lambda of one stage pair as [2, 1, 2, 1, B]; the 2-student sum counts both orders, hence the 0.5 above."""
+    return w.expand(2, 2, -1)[:, None, :, None]
+
+
+def test_the_meta_network_gets_no_gradient_and_everything_else_does():
+    args, net, x, y = make("lmcl")
+    train.objective(args, net, x, y)[0].backward()
+    assert all(p.grad is None for p in net["matching"].parameters())
+    assert all(p.grad.abs().sum() > 0 for name in ("students", "aggregator") for p in net[name].parameters() if p.dim() > 1)
+
+
+def test_kd_teachers_are_constant():
+    args, net, x, y = make("lmcl")
+    grad = torch.autograd.grad(train.objective(args, net, x, y)[1]["kd"], list(net["aggregator"].parameters()), allow_unused=True)
+    assert grad == (None,) * len(grad)
+
+
+def test_objectives_of_the_other_methods():
+    backbones = {}
+    for method in ("mcl", "deep-supervision", "independent"):
+        args, net, x, y = make(method)
+        loss, terms, weights = train.objective(args, net, x, y)
+        cohort = net["students"].cohort if method == "mcl" else net["students"]
+        features, logits = cohort(x)
+        ce = sum(F.cross_entropy(head, y) for head in logits.flatten(0, 1))
+        assert len(logits[0]) == (3 if method == "deep-supervision" else 1) and weights is None
+        if method == "mcl":
+            r = losses.mcl_loss(net["students"](x)[1][:, -1], y)
+            ce = ce + 0.1 * r["vcl"] + 0.1 * r["icl"] + r["soft_vcl"] + r["soft_icl"]
+        assert loss.item() == pytest.approx(ce.item(), rel=1e-5)
+        backbones[method] = [p for s in cohort.students for p in s.backbone.parameters()]
+    for p, q, r in zip(*backbones.values(), strict=True):
+        assert torch.equal(p, q) and torch.equal(q, r)                    # one seed, the same initial backbones
+
+
+# ---------------------------------------------------------------- the loop
+
+def test_schedule_meta_steps_and_batches(run, monkeypatch):
+    seen, steps, meta_at, true_step, true_objective = {}, [], [], meta.meta_step, train.objective
+
+    def objective(args, net, images, labels):
+        seen.setdefault(args.method, []).append((images.sum().item(), labels.tolist()))
+        return true_objective(args, net, images, labels)
+
+    def meta_step(*args, **settings):
+        meta_at.append((len(seen["lmcl"]), settings["lr"], settings["inner_steps"]))
+        true_step(*args, **settings)
+
+    monkeypatch.setattr(train, "objective", objective)
+    monkeypatch.setattr(meta, "meta_step", meta_step)
+    for method in train.METHODS:
+        log = run("--method", method, out=method, epochs=3)
+        assert [line["lr"] for line in log[1:]] == [0.05 * (1 + math.cos(math.pi * e / 3)) for e in range(3)]
+        assert [line["step"] for line in log[1:]] == [3, 6, 9]
+    assert [at for at, _, _ in meta_at] == [2, 4, 6, 8]
+    assert [lr for _, lr, _ in meta_at] == pytest.approx([0.1, 0.075, 0.075, 0.025]) and meta_at[0][2] == 2
+    assert all(batches == seen["lmcl"] for batches in seen.values())      # every method sees the same batches
+
+
+def test_outputs(run, tmp_path, capsys, images):
+    log = run(epochs=2)
+    printed = capsys.readouterr().out
+    for word in ("student 2", "77,782 parameters", "3.1M multiply-adds", "with branches 208,546", "54 training and 18 test",
+                 "cpu", "0.1 vcl", "tau 0.1", "2 epochs of 3 steps of 18 = 6"):
+        assert word in printed
+    assert log[0]["command"].startswith("python ") and log[0]["args"]["batch_size"] == 18
+    for e, line in enumerate(log[1:], 1):
+        assert line["epoch"] == e and len(line["test_top1"]) == 2 and line["images_per_second"] > 0
+        assert {"step", "loss", "ce", "ce_agg", "kd", "vcl", "soft_vcl", "icl", "soft_icl", "mi_bound"} <= line.keys()
+    files = {p.name for p in Path("out").iterdir()}
+    assert files == {"log.jsonl", "last.pt", "previous.pt", "best.pt", "matching.png", "student_1_resnet8.pt", "student_2_resnet8.pt"}
+
+    train.main(["--evaluate", "out/last.pt", "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [f"student {a}  resnet8: top-1 {log[-1]['test_top1'][a - 1]:.2f}  top-5 {log[-1]['test_top5'][a - 1]:.2f}"
+            for a in (1, 2)] == lines
+
+    dataset = data.load("folder", images, 16)                             # an exported student needs models.py alone
+    for a in (1, 2):
+        student = models.Cohort(["resnet8"], 6, branches=False).students[0].backbone.eval()
+        student.load_state_dict(torch.load(f"out/student_{a}_resnet8.pt", weights_only=True))
+        hits = sum((student(x).argmax(1) == y).sum() for x, y in data.test_batches(dataset))
+        assert round(100 * hits.item() / 18, 2) == log[-1]["test_top1"][a - 1]
+
+
+def test_the_log_holds_means_over_the_epoch(run, monkeypatch):
+    values, true_objective = [], train.objective
+
+    def objective(*inputs):
+        result = true_objective(*inputs)
+        values.append(result[1]["ce"].item())
+        return result
+
+    monkeypatch.setattr(train, "objective", objective)
+    log = run("--method", "independent")
+    assert [line["ce"] for line in log[1:]] == pytest.approx([sum(values[:3]) / 3, sum(values[3:]) / 3], abs=1e-5)
+
+
+def test_one_student_is_plain_training(run):
+    for method in train.METHODS:
+        log = run("--num-nets", 1, "--method", method, out=method, epochs=1)
+        assert len(log[1]["test_top1"]) == 1 and math.isfinite(log[1]["loss"])
+
+
+def test_three_students_of_three_families_with_a_meta_step(run):
+    log = run("--arch", "resnet8", "wrn_10_1", "shufflenetv2_0.5", epochs=1)
+    assert len(log[1]["test_top1"]) == 3 and math.isfinite(log[1]["loss"])
+
+
+def test_evaluation_counts_top1_and_top5():
+    class Fixed(nn.Module):
+        def forward(self, x):                                             # ranks class k by pixel k
+            return x[:, 0, 0, :7]
+
+    cohort = nn.Module()
+    cohort.students = [nn.Module()]
+    cohort.students[0].backbone = Fixed()
+    pixels = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
+    pixels[:, 0, :7, 0] = torch.tensor([10, 60, 50, 40, 30, 20, 0])       # ranking: 1, 2, 3, 4, 5, 0, 6
+    dataset = data.Dataset("x", pixels, None, pixels, torch.tensor([1, 2, 5, 6]), list("abcdefg"), (0.5,) * 3, (0.5,) * 3)
+    assert train.evaluate(cohort, dataset) == [[25.0], [75.0]]
+
+
+# ---------------------------------------------------------------- stopping and going on
+
+def test_same_seed_same_result_other_seed_other_result(run):
+    a, b, c = (run(out=out, epochs=1, *flags) for out, flags in (("a", []), ("b", []), ("c", ["--seed", 1])))
+    assert without_times(a) == without_times(b)
+    assert_equal(state("a/last.pt"), state("b/last.pt"))
+    assert a[1]["loss"] != c[1]["loss"]
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_resumed_equals_uninterrupted(run, method):
+    """Stopped inside the first epoch, at its end, and inside the second."""
+    whole = run("--method", method, out="whole")
+    for steps in (1, 3, 5, 0):
+        parts = run("--method", method, "--max-steps", steps, "--resume", out="parts")
+    assert without_times(parts) == without_times(whole)
+    assert_equal(state("parts/last.pt"), state("whole/last.pt"))
+    assert_equal(torch.load("parts/student_1_resnet8.pt"), torch.load("whole/student_1_resnet8.pt"))
+
+
+def test_max_steps_logs_the_unfinished_epoch(run):
+    log = run("--max-steps", 4, epochs=9)
+    assert [(line["epoch"], line["step"]) for line in log[1:]] == [(1, 3), (2, 4)]
+    assert checkpoint.load("out/last.pt")["step"] == 1
+
+
+def test_resume_without_a_checkpoint_starts_afresh_and_says_so(run, capsys):
+    run("--resume", epochs=1)
+    assert "starting afresh" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_resuming_gives_the_same(run, number, monkeypatch, capsys):
+    whole, true_objective, calls = run(out="whole"), train.objective, []
+
+    def objective(*inputs):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return true_objective(*inputs)
+
+    monkeypatch.setattr(train, "objective", objective)
+    with pytest.raises(SystemExit) as end:
+        run(out="parts")
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and "after step 2" in error and "--resume" in error and error.count("\n") == 1
+    assert checkpoint.load("parts/last.pt")["total_steps"] == 2
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert without_times(run("--resume", out="parts")) == without_times(whole)
+    assert_equal(state("parts/last.pt"), state("whole/last.pt"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(run, monkeypatch, capsys):
+    run(epochs=2, *["--max-steps", 2])
+    before, true_loss = Path("out/last.pt").read_bytes(), losses.lmcl_loss
+    monkeypatch.setattr(losses, "lmcl_loss", lambda *a: {**true_loss(*a), "icl": torch.tensor(math.nan)})
+    with pytest.raises(SystemExit) as end:
+        run("--resume")
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and "icl became" in error and "step 3:" in error and "--lr" in error
+    assert Path("out/last.pt").read_bytes() == before
+
+
+# ---------------------------------------------------------------- what users do wrong
+
+@pytest.mark.parametrize("flags, code, words", [
+    (["--arch", "resnet33"], 2, "--arch: unknown student 'resnet33'; known: resnet8"),
+    (["--num-nets", "0"], 2, "--num-nets: must be at least 1"),
+    (["--arch", "resnet8", "resnet20", "--num-nets", "3"], 2, "--num-nets"),
+    (["--batch-size", "1"], 2, "--batch-size: must be even"),
+    (["--batch-size", "19"], 2, "--batch-size: must be even"),
+    (["--batch-size", "1000"], 1, "--batch-size 1000 is larger than the training set (54 images)"),
+    (["--epochs", "0"], 2, "--epochs"),
+    (["--epochs", "ten"], 2, "--epochs"),
+    (["--max-steps", "-1"], 2, "--max-steps"),
+    (["--lr", "0"], 2, "--lr"),
+    (["--lr", "nan"], 2, "--lr"),
+    (["--momentum", "1"], 2, "--momentum"),
+    (["--momentum", "0"], 2, "Nesterov"),
+    (["--weight-decay", "-1"], 2, "--weight-decay"),
+    (["--tau", "0"], 2, "--tau"),
+    (["--T", "-3"], 2, "--T"),
+    (["--meta-freq", "0"], 2, "--meta-freq"),
+    (["--meta-steps", "0"], 2, "--meta-steps"),
+    (["--image-size", "4"], 2, "--image-size"),
+    (["--seed", "-1"], 2, "--seed"),
+    (["--save-every", "-1"], 2, "--save-every"),
+    (["--method", "mlc"], 2, "--method"),
+    (["--dataset", "cifar1000"], 2, "--dataset"),
+    (["--data-dir", "nowhere"], 1, "nowhere"),
+    (["--device", "tpu9"], 1, "--device tpu9"),
+    (["--evaluate", "nothing.pt"], 1, "nothing.pt"),
+    (["--evaluate", "junk.pt"], 1, "junk.pt"),
+    (["--evaluate", "foreign.pt"], 1, "foreign.pt"),
+    (["--evaluate", "future.pt"], 1, "newer"),
+    (["--out-dir", "used"], 1, "--resume"),
+    (["--out-dir", "used", "--resume", "--lr", "0.3"], 1, "--lr 0.1 (now 0.3)"),
+    (["--out-dir", "used", "--resume", "--epochs", "7"], 1, "learning-rate schedule"),
+    (["--out-dir", "damaged", "--resume"], 1, "mv damaged/previous.pt damaged/last.pt"),
+    (["--out-dir", "junk.pt/x"], 1, "--out-dir"),
+    (["--no-such-flag"], 2, "--no-such-flag"),
+    pytest.param(["--device", "cuda"], 1, "--device cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")),
+])
+def test_user_errors_end_in_one_line(run, flags, code, words, capsys):
+    if "used" in flags or "damaged" in flags:
+        run(out=flags[1])
+        if flags[1] == "damaged":
+            Path("damaged/last.pt").write_bytes(Path("damaged/last.pt").read_bytes()[:-1000])
+    Path("junk.pt").write_bytes(b"junk" * 100)
+    checkpoint.save("foreign.pt", {"weights": torch.ones(2)})
+    checkpoint.save("future.pt", {"format": 99})
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run(*flags)
+    error = capsys.readouterr().err.splitlines()
+    assert end.value.code == code and words in error[-1] and error[-1].startswith("train.py: error: ")
+    assert code == 2 or len(error) == 1                                   # argparse prints the usage first
+
+
+def test_a_full_disk_keeps_what_was_there(run, monkeypatch, capsys):
+    run("--max-steps", 2)
+    before, true_fsync = Path("out/last.pt").read_bytes(), os.fsync
+
+    def full(file):
+        if os.fstat(file).st_size > 10_000:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit) as end:
+        run("--resume")
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and "No space left" in error and "MiB" in error and error.count("\n") == 1
+    assert Path("out/last.pt").read_bytes() == before and not list(Path("out").glob("*.tmp"))
+
+
+def test_as_a_program(tmp_path):
+    """Exit status and a single line, with no traceback, from the shell."""
+    done = subprocess.run([sys.executable, HERE / "train.py", "--dataset", "folder", "--data-dir", "nowhere", "--device", "cpu"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- the shape of the project
+
+def test_leaves_import_none_of_each_other():
+    leaves = {"losses", "models", "meta", "data", "checkpoint"}
+    for leaf in leaves:
+        for node in ast.walk(ast.parse((HERE / f"{leaf}.py").read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not {n.split(".")[0] for n in names} & (leaves | {"train"}), leaf
