@@ -220,6 +220,36 @@ def distillation(student_logits, teacher_logits, T=3.0):
     return kl(student, teacher, T).mean(-1)
 
 
+def mutual_distillation(logits, T=1.0):
+    """sum_a of the mean over b != a of KL_T(logits_a <- logits_b), every teacher constant.
+
+    logits [N, B, C] -> scalar; 0 for one student. T = 1: deep mutual learning (Zhang et al., CVPR 2018).
+    """
+    N = len(logits)
+    others = ~torch.eye(N, dtype=torch.bool, device=logits.device)        # [N, N], a != b
+    return (distillation(logits[:, None], logits[None], T) * others).sum() / max(1, N - 1)
+
+
+def ensemble_distillation(logits, T=3.0):
+    """sum_a KL_T(logits_a <- mean_b logits_b), the mean constant.  logits [N, B, C] -> scalar."""
+    return distillation(logits, logits.mean(0, keepdim=True), T).sum()
+
+
+# ---------------------------------------------------------------- adversarial distillation of feature maps (AFD)
+
+def fooling(own):
+    """sum_a mean (1 - D_a(m_a))^2: student a wants its map taken for a peer's.  own [N, B] = D_a(m_a) -> scalar."""
+    return (1 - own).square().mean(-1).sum()
+
+
+def judging(own, peer):
+    """sum_a mean [ D_a(m_a)^2 + (1 - D_a(m_{a+1}))^2 ]: least squares, 0 for one's own map and 1 for the peer's.
+
+    own, peer [N, B] -> scalar. Chung et al., ICML 2020, with the losses of LSGAN (Mao et al. 2017).
+    """
+    return (own.square() + (1 - peer).square()).mean(-1).sum()
+
+
 def _wide(t):
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 

@@ -113,7 +113,7 @@ def _second_order_products(loss, theta, u, meta_params):
 def _mixed_product(loss, theta, u, meta_params):
     """u^T dg/dphi alone: the gradient of X = d/deps loss(theta + eps u), which forward mode gives."""
     with forward_ad.dual_level(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)                    # of PyTorch's own forward mode, about torch.jit
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")   # PyTorch's own forward mode uses it
         X = forward_ad.unpack_dual(loss([forward_ad.make_dual(p, u_i) for p, u_i in zip(theta, u)])).tangent
         return _grad(X, list(meta_params))
 

@@ -334,6 +334,11 @@ class Cohort(nn.Module):
         features, logits = zip(*(student(x) for student in self.students))
         return list(features), torch.stack(logits)                        # [L, B, d_a] each; [N, L, B, C]
 
+    def last_maps(self, x):
+        """The backbones alone: the last stage's maps, N of [B, c_a, h_a, w_a], and logits [N, 1, B, C]."""
+        maps, _, logits = zip(*(student.backbone.walk(x) for student in self.students))
+        return [m[-1] for m in maps], torch.stack(logits)[:, None]
+
 
 # ---------------------------------------------------------------- what training adds to the students
 
@@ -372,6 +377,38 @@ class Aggregator(nn.Module):
     def forward(self, features, logits):
         g = torch.stack([mlp(f.transpose(0, 1).flatten(1)) for f, mlp in zip(features, self.mlps)])   # [N, B, L]
         return torch.einsum("nbl,nlbc->nbc", g.softmax(-1), logits)       # [N, B, C]
+
+
+class Judges(nn.Module):
+    """AFD's discriminators in a ring: D_a tells student a's last feature map (0) from student a+1's (1).
+
+    The paper (Chung et al., ICML 2020) has no public code and leaves much open. Chosen here: all maps are
+    brought to the smallest size by average pooling and to the smallest width by a transfer layer, 1x1
+    convolution-BN-LeakyReLU, that learns with its student; a discriminator is two 3x3 convolutions with
+    LeakyReLU, pooling and a linear map to one score, without BN, which would normalise own and peer maps
+    apart and so hide what tells them apart; each student is judged against the next one only; least
+    squares. Transfer layers and students minimise losses.fooling, discriminators losses.judging.
+
+    maps: one example per student, [B, c_a, h_a, w_a].
+    """
+
+    def __init__(self, maps):
+        super().__init__()
+        c, self.size = min(m.shape[1] for m in maps), min(m.shape[-1] for m in maps)
+        self.transfer = nn.ModuleList(
+            nn.Sequential(conv(m.shape[1], c, 1), nn.BatchNorm2d(c), nn.LeakyReLU(0.2)) if m.shape[1] != c else nn.Identity()
+            for m in maps)
+        self.discriminators = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, c, 3, stride=2, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(c, c, 3, padding=1),
+                          nn.LeakyReLU(0.2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 1)) for _ in maps)
+
+    def align(self, maps):
+        """N maps [B, c_a, h_a, w_a] -> N maps [B, c, size, size]."""
+        return [t(F.adaptive_avg_pool2d(m, self.size)) for t, m in zip(self.transfer, maps)]
+
+    def forward(self, maps):
+        """N aligned maps -> scores [N, B], each map before the discriminator of the same place."""
+        return torch.stack([d(m).squeeze(1) for d, m in zip(self.discriminators, maps)])
 
 
 # ---------------------------------------------------------------- what it costs

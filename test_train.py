@@ -130,7 +130,7 @@ def test_kd_teachers_are_constant():
 
 def test_objectives_of_the_other_methods():
     backbones = {}
-    for method in ("mcl", "deep-supervision", "independent"):
+    for method in ("mcl", "deep-supervision", "independent", "dml"):
         args, net, x, y = make(method)
         loss, terms, weights = train.objective(args, net, x, y)
         cohort = net["students"].cohort if method == "mcl" else net["students"]
@@ -140,10 +140,72 @@ def test_objectives_of_the_other_methods():
         if method == "mcl":
             r = losses.mcl_loss(net["students"](x)[1][:, -1], y)
             ce = ce + 0.1 * r["vcl"] + 0.1 * r["icl"] + r["soft_vcl"] + r["soft_icl"]
+        if method == "dml":
+            ce = ce + losses.mutual_distillation(logits[:, -1])
         assert loss.item() == pytest.approx(ce.item(), rel=1e-5)
         backbones[method] = [p for s in cohort.students for p in s.backbone.parameters()]
-    for p, q, r in zip(*backbones.values(), strict=True):
-        assert torch.equal(p, q) and torch.equal(q, r)                    # one seed, the same initial backbones
+    for same in zip(*backbones.values(), strict=True):
+        assert all(torch.equal(p, same[0]) for p in same)                 # one seed, the same initial backbones
+
+
+def test_dml_and_logit_kd():
+    for method, flags in (("dml", []), ("mcl", ["--logit-kd"])):
+        args, net, x, y = make(method, *flags, arch=["resnet8"] * 3)
+        loss, terms, _ = train.objective(args, net, x, y)
+        logits = (net["students"].cohort if method == "mcl" else net["students"])(x)[1][:, 0]
+        kl = lambda student, teacher, T: T * T * F.kl_div((student / T).log_softmax(-1), (teacher / T).softmax(-1), reduction="batchmean")
+        if method == "dml":
+            kd = sum(kl(logits[a], logits[b], 1) / 2 for a in range(3) for b in range(3) if a != b)
+        else:
+            kd = sum(kl(logits[a], logits.mean(0), 3) for a in range(3))
+        assert terms["kd"].item() == pytest.approx(kd.item(), rel=1e-4)
+        plain = make(method, arch=["resnet8"] * 3)
+        without = train.objective(*plain)[0] if flags else terms["ce"]
+        assert loss.item() == pytest.approx(without.item() + kd.item(), rel=1e-5)
+
+
+def test_afd_students_and_discriminators_oppose_each_other():
+    """Each side, moved alone, lowers its own loss and raises the other's."""
+    args, net, x, y = make("afd", "--image-size", "16", arch=["resnet8", "shufflenetv2_0.5", "wrn_10_1"])
+    judges = net["judges"]
+    maps = [m.detach() for m in train.objective(args, net, x, y)[2]]
+    assert {m.shape for m in maps} == {(6, 64, 2, 2)}                     # the smallest width and size of the three
+
+    adam = torch.optim.Adam(judges.discriminators.parameters(), lr=2e-3)
+    students = [p.clone() for p in net["students"].parameters()]
+    moving = [m.clone().requires_grad_() for m in maps]                   # stands for the students
+    sgd = torch.optim.SGD(moving, lr=1.0)
+
+    def losses_now():
+        with torch.no_grad():
+            own, peer = judges(moving), judges(maps[1:] + maps[:1])
+            return losses.fooling(own).item(), losses.judging(own, peer).item()
+
+    def judges_move():
+        for _ in range(20):
+            train.judge_step(judges, adam, [m.detach() for m in moving])
+
+    def students_move():
+        for _ in range(20):
+            sgd.zero_grad()
+            losses.fooling(judges(moving)).backward()
+            sgd.step()
+
+    history = [losses_now()]
+    for move in (judges_move, students_move, judges_move):
+        move()
+        history.append(losses_now())
+    fooling, judging = zip(*history)
+    assert judging[1] < judging[0]
+    assert fooling[2] < fooling[1] and judging[2] > judging[1]            # the students gain, the judges lose
+    assert fooling[3] > fooling[2] and judging[3] < judging[2]            # and back
+    assert all(torch.equal(p, q) for p, q in zip(net["students"].parameters(), students))
+
+
+def test_adversarial_losses_by_hand():
+    own, peer = torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    assert losses.fooling(own).item() == pytest.approx((1 + 0) / 2 + (0.25 + 0.25) / 2)
+    assert losses.judging(own, peer).item() == pytest.approx((0 + 1) / 2 + (0.25 + 0.25) / 2 + 0 + (1 + 0) / 2)
 
 
 # ---------------------------------------------------------------- the loop
@@ -267,7 +329,7 @@ def test_resume_without_a_checkpoint_starts_afresh_and_says_so(run, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_resuming_gives_the_same(run, number, monkeypatch, capsys):
-    whole, true_objective, calls = run(out="whole"), train.objective, []
+    whole, true_objective, calls, handler = run(out="whole"), train.objective, [], signal.getsignal(number)
 
     def objective(*inputs):
         calls.append(1)
@@ -281,7 +343,7 @@ def test_a_signal_saves_and_resuming_gives_the_same(run, number, monkeypatch, ca
     error = capsys.readouterr().err
     assert end.value.code == 1 and "after step 2" in error and "--resume" in error and error.count("\n") == 1
     assert checkpoint.load("parts/last.pt")["total_steps"] == 2
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert signal.getsignal(number) is handler
     assert without_times(run("--resume", out="parts")) == without_times(whole)
     assert_equal(state("parts/last.pt"), state("whole/last.pt"))
 
@@ -335,6 +397,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(run, monkeypat
     (["--out-dir", "damaged", "--resume"], 1, "mv damaged/previous.pt damaged/last.pt"),
     (["--out-dir", "junk.pt/x"], 1, "--out-dir"),
     (["--no-such-flag"], 2, "--no-such-flag"),
+    (["--logit-kd"], 2, "--logit-kd: goes with --method mcl"),
     pytest.param(["--device", "cuda"], 1, "--device cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")),
 ])
 def test_user_errors_end_in_one_line(run, flags, code, words, capsys):

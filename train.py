@@ -34,6 +34,8 @@ METHODS = {
     "lmcl": "layer-wise mutual contrastive learning, with branches, aggregators and learned layer matching",
     "mcl": "mutual contrastive learning of the last stage, backbones alone (AAAI 2022)",
     "deep-supervision": "the same students and branches, cross-entropy of every head, nothing mutual",
+    "dml": "backbones alone, deep mutual learning: KL towards every other's prediction (CVPR 2018)",
+    "afd": "backbones alone, adversarial distillation of feature maps and mutual KL (ICML 2020)",
     "independent": "backbones alone, cross-entropy: the published baseline",
 }
 CHECKPOINT_FORMAT = 1
@@ -56,16 +58,23 @@ def weighted(args, terms):
 
 
 def objective(args, net, images, labels):
-    """One batch's loss, its terms by name (unweighted), and the matching weights (None but for lmcl).
+    """One batch's loss, its terms by name (unweighted), and what the second optimizer's step needs of it.
 
     lmcl:  sum_a sum_l CE(logits_a^l, y) + sum_a CE(agg_a, y) + sum_a sum_b KL_T(logits_a^L <- agg_b) + L_L-MCL
-    mcl:   sum_a CE(logits_a^L, y) + L_MCL;   the others: cross-entropy of every head there is.
+    mcl:   sum_a CE(logits_a^L, y) + L_MCL (+ sum_a KL_T(logits_a^L <- mean_b logits_b^L) with --logit-kd)
+    dml:   sum_a CE(logits_a^L, y) + sum_a mean_{b != a} KL_1(logits_a^L <- logits_b^L)
+    afd:   as dml with T = 3, + sum_a (1 - D_a(map_a))^2
+    deep-supervision, independent: cross-entropy of every head there is.
+
+    The third value is lambda for lmcl, the aligned maps for afd, else None.
     """
     if args.method in ("lmcl", "mcl"):
         features, embeddings, logits = net["students"](images)    # N x [L, B, d_a], [N, L, B, D], [N, L, B, C]
+    elif args.method == "afd":
+        maps, logits = net["students"].last_maps(images)
     else:
         features, logits = net["students"](images)
-    terms, weights = {"ce": losses.cross_entropy(logits, labels)}, None
+    terms, second = {"ce": losses.cross_entropy(logits, labels)}, None
     loss = terms["ce"]
 
     if args.method == "lmcl":
@@ -73,17 +82,38 @@ def objective(args, net, images, labels):
         terms["ce_agg"] = losses.cross_entropy(aggregated, labels)
         terms["kd"] = losses.distillation(logits[:, None, -1], aggregated, args.T).sum()   # all pairs a, b
         with torch.no_grad():                                                         # lambda is a constant here
-            weights = net["matching"](features)                                       # [N, L, N, L, B]
-        contrast = losses.lmcl_loss(embeddings, labels, weights, args.tau, args.T)
+            second = net["matching"](features)                                        # [N, L, N, L, B]
+        contrast = losses.lmcl_loss(embeddings, labels, second, args.tau, args.T)
         loss = loss + terms["ce_agg"] + terms["kd"] + weighted(args, contrast)
         terms.update(contrast)
     elif args.method == "mcl":
         contrast = losses.mcl_loss(embeddings[:, -1], labels, args.tau, args.T)
         loss = loss + weighted(args, contrast)
         terms.update(contrast)
+        if args.logit_kd:
+            terms["kd"] = losses.ensemble_distillation(logits[:, -1], args.T)
+            loss = loss + terms["kd"]
+    elif args.method == "dml":
+        terms["kd"] = losses.mutual_distillation(logits[:, -1], T=1.0)
+        loss = loss + terms["kd"]
+    elif args.method == "afd":
+        second = net["judges"].align(maps)                                            # N x [B, c, h, w]
+        terms["kd"] = losses.mutual_distillation(logits[:, -1], args.T)
+        loss = loss + terms["kd"]
+        if len(args.arch) > 1:
+            terms["fooling"] = losses.fooling(net["judges"](second))
+            loss = loss + terms["fooling"]
     if args.method in ("lmcl", "mcl"):
         terms["mi_bound"] = losses.mutual_information_bound(embeddings[:, -1], labels, args.tau)
-    return loss, {"loss": loss, **terms}, weights
+    return loss, {"loss": loss, **terms}, second
+
+
+def judge_step(judges, optimizer, maps):
+    """afd: the discriminators learn to tell each student's map from the next one's; the maps are constant."""
+    maps = [m.detach() for m in maps]
+    optimizer.zero_grad()                                                             # the students' step left some
+    losses.judging(judges(maps), judges(maps[1:] + maps[:1])).backward()
+    optimizer.step()
 
 
 def build(args, num_classes):
@@ -94,6 +124,9 @@ def build(args, num_classes):
     if args.method == "lmcl":
         net["aggregator"] = models.Aggregator(cohort.widths, cohort.stages)
         net["matching"] = meta.MatchingNetwork(cohort.widths, cohort.stages)
+    if args.method == "afd":
+        with torch.no_grad():
+            net["judges"] = models.Judges(cohort.eval().last_maps(torch.zeros(1, 3, args.image_size, args.image_size))[0])
     return net.to(args.device, memory_format=torch.channels_last), cohort
 
 
@@ -105,15 +138,17 @@ def train(args, dataset, run):
         lr = args.lr / 2 * (1 + math.cos(math.pi * epoch / args.epochs))
         run.begin(lr)
         for images, labels in data.train_batches(dataset, args.batch_size, args.seed, epoch, start=run.step):
-            loss, terms, weights = objective(args, run.net, images, labels)
+            loss, terms, second = objective(args, run.net, images, labels)
             run.optimizer.zero_grad()
             loss.backward()
             run.optimizer.step()
-            run.count(terms, weights, len(labels))
+            run.count(terms, second, len(labels))
 
+            if args.method == "afd" and len(args.arch) > 1:
+                judge_step(run.net["judges"], run.second_optimizer, second)
             if args.method == "lmcl" and len(args.arch) > 1 and run.total_steps % args.meta_freq == 0:
                 meta.meta_step(
-                    run.net["students"], run.net["matching"], run.meta_optimizer, images,
+                    run.net["students"], run.net["matching"], run.second_optimizer, images,
                     contrast=lambda z, w: weighted(args, losses.lmcl_loss(z, labels, w, args.tau, args.T)),
                     task=lambda logits: losses.cross_entropy(logits, labels),
                     inner_steps=args.meta_steps, lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
@@ -149,9 +184,13 @@ class Run:
         self.args, self.dataset, self.signals, self.out = args, dataset, signals, Path(args.out_dir)
         self.net, self.cohort = build(args, len(dataset.classes))
         sgd = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=True)
-        trained = [p for name, module in self.net.items() if name != "matching" for p in module.parameters()]
-        self.optimizer = torch.optim.SGD(trained, fused=True, **sgd)
-        self.meta_optimizer = torch.optim.SGD(self.net["matching"].parameters(), **sgd) if "matching" in self.net else None
+        self.second_optimizer = None                       # of the meta-network, or of afd's discriminators
+        if args.method == "lmcl":
+            self.second_optimizer = torch.optim.SGD(self.net["matching"].parameters(), **sgd)
+        elif args.method == "afd":
+            self.second_optimizer = torch.optim.Adam(self.net["judges"].discriminators.parameters(), lr=2e-4, betas=(0.5, 0.999))
+        others = {p for group in self.second_optimizer.param_groups for p in group["params"]} if self.second_optimizer else set()
+        self.optimizer = torch.optim.SGD([p for p in self.net.parameters() if p not in others], fused=True, **sgd)
         self.epoch = self.step = self.total_steps = 0      # the next epoch, the next step in it, steps done in all
         self.steps_per_epoch = len(dataset.train_labels) // args.batch_size
         self.best = -1.0                                   # best mean top-1 over epochs
@@ -167,11 +206,12 @@ class Run:
     def begin(self, lr):
         self.net.train()
         self.lr, self.clock = lr, time.perf_counter()
-        for optimizer in (self.optimizer, self.meta_optimizer):
-            for group in optimizer.param_groups if optimizer else []:
-                group["lr"] = lr
+        for optimizer in (self.optimizer, self.second_optimizer):
+            if isinstance(optimizer, torch.optim.SGD):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
 
-    def count(self, terms, weights, images):
+    def count(self, terms, second, images):
         """Add a step to the epoch's sums, on the device: the host does not wait.
 
         From the first step that is not finite on, the sums stand still and `healthy` counts no further.
@@ -182,8 +222,8 @@ class Run:
         well = before.isfinite().all()
         self.sums = {"names": list(terms), "values": torch.where(well, before + values, before)}
         self.healthy = self.healthy + self.sums["values"].isfinite().all()
-        if weights is not None:
-            self.matching = self.matching + weights.mean(-1)                  # [N, L, N, L]
+        if self.args.method == "lmcl":
+            self.matching = self.matching + second.mean(-1)                   # [N, L, N, L]
 
     def means(self):
         """The epoch's mean of each term so far. Raises UserError if a term was not finite."""
@@ -262,14 +302,14 @@ class Run:
             self.stop_clock()                              # which also sees that nothing is saved that is not finite
         state = dict(format=CHECKPOINT_FORMAT, args=vars(self.args), classes=self.dataset.classes,
                      mean=self.dataset.mean, std=self.dataset.std, net=self.net.state_dict(),
-                     optimizers=[o.state_dict() for o in (self.optimizer, self.meta_optimizer) if o],
+                     optimizers=[o.state_dict() for o in (self.optimizer, self.second_optimizer) if o],
                      **{k: getattr(self, k) for k in self.CARRIED})
         checkpoint.save(self.out / name, state, keep=self.out / "previous.pt" if name == "last.pt" else None)
         self.saved = time.perf_counter()
 
     def load(self, state):
         self.net.load_state_dict(state["net"])
-        for optimizer, saved in zip((self.optimizer, self.meta_optimizer), state["optimizers"]):
+        for optimizer, saved in zip((self.optimizer, self.second_optimizer), state["optimizers"]):
             optimizer.load_state_dict(saved)
         for name in self.CARRIED:
             setattr(self, name, state[name])
@@ -319,6 +359,7 @@ def parse_arguments(argv=None):
     g.add_argument("--weight-soft-icl", type=float, default=1.0, metavar="LAM", help="lam, of Soft ICL (1)")
     g.add_argument("--tau", type=float, default=0.1, help="temperature of the contrastive distributions (0.1)")
     g.add_argument("--T", type=float, default=3.0, help="temperature of the KL terms (3)")
+    g.add_argument("--logit-kd", action="store_true", help="mcl: each student also distils the mean of all logits")
     g.add_argument("--meta-freq", type=int, default=50, metavar="STEPS", help="a meta step every so many steps (50)")
     g.add_argument("--meta-steps", type=int, default=2, metavar="K", help="virtual steps on the contrastive loss (2)")
     g = p.add_argument_group("running")
@@ -351,6 +392,8 @@ def parse_arguments(argv=None):
         stages = {models.family(name).stages for name in args.arch}
     except ValueError as error:
         p.error(f"argument --arch: {error}")
+    if args.logit_kd and args.method != "mcl":
+        p.error("argument --logit-kd: goes with --method mcl")
     if len(stages) > 1:
         p.error(f"argument --arch: {', '.join(args.arch)} have different numbers of stages, which cannot be matched")
     return args
@@ -384,7 +427,8 @@ def report(args, dataset, run):
     print(f"device     {device_name(args.device)}, torch {torch.__version__}")
     contrast = (f" + {args.weight_vcl:g} vcl + {args.weight_icl:g} icl + {args.weight_soft_vcl:g} soft_vcl"
                 f" + {args.weight_soft_icl:g} soft_icl; tau {args.tau:g}, T {args.T:g}")
-    print(f"loss       {args.method}: ce" + (" + ce_agg + kd" if args.method == "lmcl" else "")
+    extra = {"lmcl": " + ce_agg + kd", "mcl": " + kd" * args.logit_kd, "dml": " + kd", "afd": " + kd + fooling"}
+    print(f"loss       {args.method}: ce" + extra.get(args.method, "")
           + (contrast if args.method in ("lmcl", "mcl") else ""))
     print(f"steps      {args.epochs} epochs of {run.steps_per_epoch} steps of {args.batch_size} = "
           f"{args.epochs * run.steps_per_epoch:,}" + (f", ending at {args.max_steps:,}" if args.max_steps else ""))
