@@ -42,19 +42,19 @@ class Residual(nn.Module):
             self.shortcut = nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
 
     def forward(self, x):
-        return F.relu(self.body(x) + self.shortcut(x))
+        return F.relu(self.body(x) + self.shortcut(x), inplace=True)
 
 
 def basic_block(inputs, planes, stride):
     return Residual(inputs, planes, stride, [
-        conv(inputs, planes, 3, stride), nn.BatchNorm2d(planes), nn.ReLU(),
+        conv(inputs, planes, 3, stride), nn.BatchNorm2d(planes), nn.ReLU(inplace=True),
         conv(planes, planes, 3), nn.BatchNorm2d(planes)])
 
 
 def bottleneck_block(inputs, planes, stride):
     return Residual(inputs, 4 * planes, stride, [
-        conv(inputs, planes, 1), nn.BatchNorm2d(planes), nn.ReLU(),
-        conv(planes, planes, 3, stride), nn.BatchNorm2d(planes), nn.ReLU(),
+        conv(inputs, planes, 1), nn.BatchNorm2d(planes), nn.ReLU(inplace=True),
+        conv(planes, planes, 3, stride), nn.BatchNorm2d(planes), nn.ReLU(inplace=True),
         conv(planes, 4 * planes, 1), nn.BatchNorm2d(4 * planes)])
 
 
@@ -69,7 +69,7 @@ class ResNet:
         self.width = 64 * self.expansion
 
     def stem(self):
-        return nn.Sequential(conv(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
+        return nn.Sequential(conv(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
 
     def stage(self, l):
         """Stage l = 0 .. 2, a fresh copy at each call."""
@@ -90,8 +90,8 @@ class PreActivation(nn.Module):
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
-        self.activation = nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU())
-        self.body = nn.Sequential(conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs), nn.ReLU(),
+        self.activation = nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU(inplace=True))
+        self.body = nn.Sequential(conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True),
                                   conv(outputs, outputs, 3))
         self.shortcut = conv(inputs, outputs, 1, stride) if stride != 1 or inputs != outputs else None
 
@@ -117,7 +117,7 @@ class WRN:
         return nn.Sequential(first, *(PreActivation(outputs, outputs, 1) for _ in range(self.blocks - 1)))
 
     def tail(self):
-        return nn.Sequential(nn.BatchNorm2d(self.width), nn.ReLU())
+        return nn.Sequential(nn.BatchNorm2d(self.width), nn.ReLU(inplace=True))
 
     def initialise(self, module):
         he_normal(module)
@@ -132,7 +132,7 @@ class ShuffleNetV2:
         self.channels = (24, *channels)
 
     def stem(self):
-        return nn.Sequential(conv(3, 24, 3), nn.BatchNorm2d(24), nn.ReLU())
+        return nn.Sequential(conv(3, 24, 3), nn.BatchNorm2d(24), nn.ReLU(inplace=True))
 
     def stage(self, l):
         inputs, outputs = self.channels[l:l + 2]
@@ -140,14 +140,14 @@ class ShuffleNetV2:
                              *(InvertedResidual(outputs, outputs, 1) for _ in range((3, 7, 3)[l])))
 
     def tail(self):
-        return nn.Sequential(conv(self.channels[-1], 1024, 1), nn.BatchNorm2d(1024), nn.ReLU())
+        return nn.Sequential(conv(self.channels[-1], 1024, 1), nn.BatchNorm2d(1024), nn.ReLU(inplace=True))
 
     def initialise(self, module):
         pass                                                              # PyTorch's own
 
 
 def bn_relu_conv(inputs, outputs, kernel, stride=1, groups=1, dilation=1):
-    return nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU(), nn.Conv2d(
+    return nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU(inplace=True), nn.Conv2d(
         inputs, outputs, kernel, stride, padding=kernel // 2 * dilation, dilation=dilation, groups=groups, bias=False))
 
 
@@ -223,7 +223,7 @@ class HCGNet:
         return nn.Sequential(*cells)
 
     def tail(self):
-        return nn.Sequential(nn.BatchNorm2d(self.width), nn.ReLU())
+        return nn.Sequential(nn.BatchNorm2d(self.width), nn.ReLU(inplace=True))
 
     def initialise(self, module):
         pass                                                              # PyTorch's own
