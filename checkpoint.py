@@ -71,7 +71,7 @@ class Signals:
         self.name = None
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        self.before = {s: signal.signal(s, self._ask) for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGUSR1")}
         return self
 
     def _ask(self, number, frame):

@@ -13,6 +13,7 @@ The method is that of Yang et al., TPAMI 2023 (arXiv 2207.11518); section number
 
 import argparse
 import io
+import itertools
 import json
 import math
 import os
@@ -21,8 +22,14 @@ import sys
 import time
 from pathlib import Path
 
+try:
+    import resource
+except ImportError:                                        # Windows: no peak memory of the CPU in --benchmark
+    resource = None
+
 import torch
 import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import data
@@ -108,14 +115,6 @@ def objective(args, net, images, labels):
     return loss, {"loss": loss, **terms}, second
 
 
-def judge_step(judges, optimizer, maps):
-    """afd: the discriminators learn to tell each student's map from the next one's; the maps are constant."""
-    maps = [m.detach() for m in maps]
-    optimizer.zero_grad()                                                             # the students' step left some
-    losses.judging(judges(maps), judges(maps[1:] + maps[:1])).backward()
-    optimizer.step()
-
-
 def build(args, num_classes):
     """All that is trained, drawn from the seed: students (theta) and, for lmcl, aggregators and meta-network."""
     torch.manual_seed(args.seed)
@@ -138,26 +137,46 @@ def train(args, dataset, run):
         lr = args.lr / 2 * (1 + math.cos(math.pi * epoch / args.epochs))
         run.begin(lr)
         for images, labels in data.train_batches(dataset, args.batch_size, args.seed, epoch, start=run.step):
-            loss, terms, second = objective(args, run.net, images, labels)
-            run.optimizer.zero_grad()
-            loss.backward()
-            run.optimizer.step()
+            terms, second = ordinary_step(args, run, images, labels)
             run.count(terms, second, len(labels))
 
+            if args.method == "lmcl" and len(args.arch) > 1 and run.total_steps % args.meta_freq == 0:
+                matching_step(args, run, images, labels)
             if args.method == "afd" and len(args.arch) > 1:
                 judge_step(run.net["judges"], run.second_optimizer, second)
-            if args.method == "lmcl" and len(args.arch) > 1 and run.total_steps % args.meta_freq == 0:
-                meta.meta_step(
-                    run.net["students"], run.net["matching"], run.second_optimizer, images,
-                    contrast=lambda z, w: weighted(args, losses.lmcl_loss(z, labels, w, args.tau, args.T)),
-                    task=lambda logits: losses.cross_entropy(logits, labels),
-                    inner_steps=args.meta_steps, lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
             if run.pause_after_step():
                 return
         run.stop_clock()
         run.end_of_epoch(*evaluate(run.cohort, dataset))
         if run.total_steps == args.max_steps:
             return
+
+
+def ordinary_step(args, run, images, labels):
+    """One SGD step of all but the second optimizer's parameters. Returns the loss terms and what that one needs."""
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp == "bf16"):
+        loss, terms, second = run.objective(args, run.net, images, labels)
+    run.optimizer.zero_grad()
+    loss.backward()
+    run.optimizer.step()
+    return terms, second
+
+
+def matching_step(args, run, images, labels):
+    """lmcl: one step of the meta-network along its exact hypergradient, always in float32."""
+    meta.meta_step(
+        run.net["students"], run.net["matching"], run.second_optimizer, images,
+        contrast=lambda z, w: weighted(args, losses.lmcl_loss(z, labels, w, args.tau, args.T)),
+        task=lambda logits: losses.cross_entropy(logits, labels),
+        inner_steps=args.meta_steps, lr=run.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+
+
+def judge_step(judges, optimizer, maps):
+    """afd: the discriminators learn to tell each student's map from the next one's; the maps are constant."""
+    maps = [m.detach() for m in maps]
+    optimizer.zero_grad()                                                             # the students' step left some
+    losses.judging(judges(maps), judges(maps[1:] + maps[:1])).backward()
+    optimizer.step()
 
 
 @torch.no_grad()
@@ -183,6 +202,7 @@ class Run:
     def __init__(self, args, dataset, signals):
         self.args, self.dataset, self.signals, self.out = args, dataset, signals, Path(args.out_dir)
         self.net, self.cohort = build(args, len(dataset.classes))
+        self.objective = torch.compile(objective, mode="reduce-overhead") if args.compile else objective
         sgd = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=True)
         self.second_optimizer = None                       # of the meta-network, or of afd's discriminators
         if args.method == "lmcl":
@@ -331,6 +351,56 @@ def read_checkpoint(path, device):
     return state
 
 
+# ---------------------------------------------------------------- measuring
+
+class CountOperations(TorchDispatchMode):
+    """Tensor operations that are dispatched, views left out: what a GPU has to launch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += not (op.is_view or "detach" in str(op))
+        return op(*args, **(kwargs or {}))
+
+
+def benchmark(args, dataset, steps=50, warm_up=5):
+    """Milliseconds (median, min, max) of an ordinary step by cross-entropy alone and by --method, of a meta step and of an
+    evaluation; operations of a step; peak memory so far. One JSON line and a table."""
+    cuda, rows = torch.device(args.device).type == "cuda", {}
+
+    def clock(name, function, n, skip):
+        times = []
+        for _ in range(skip + n):
+            start = time.perf_counter()
+            function()
+            if cuda:
+                torch.cuda.synchronize(args.device)
+            times.append(1e3 * (time.perf_counter() - start))
+        times, peak = sorted(times[skip:]), torch.cuda.max_memory_allocated(args.device) if cuda else \
+            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else math.nan
+        rows[name] = dict(median_ms=times[len(times) // 2], min_ms=times[0], max_ms=times[-1], runs=n, peak_mib=peak / 2 ** 20)
+        rows[name] = {k: round(v, 2) for k, v in rows[name].items()}
+
+    for method in dict.fromkeys(["deep-supervision", args.method]):
+        settings = argparse.Namespace(**{**vars(args), "method": method})
+        run = Run(settings, dataset, signals=None)
+        run.begin(args.lr)
+        batches = itertools.cycle(itertools.islice(data.train_batches(dataset, args.batch_size, args.seed, 0), 8))
+        step = lambda: ordinary_step(settings, run, *next(batches))
+        clock(f"step, {method}", step, steps, warm_up)
+        with CountOperations() as counter:
+            step()
+        rows[f"step, {method}"].update(operations=counter.count,
+                                       images_per_second=round(1e3 * args.batch_size / rows[f"step, {method}"]["median_ms"], 1))
+    if args.method == "lmcl" and len(args.arch) > 1:
+        clock("meta step", lambda: matching_step(args, run, *next(batches)), 3, 1)
+    clock("evaluation", lambda: evaluate(run.cohort, dataset), 3, 1)
+    print(json.dumps(dict(arch=args.arch, batch_size=args.batch_size, device=device_name(args.device), amp=args.amp,
+                          compile=args.compile, torch=str(torch.__version__), **rows)))
+    for name, row in rows.items():
+        print(f"{name:24}" + "  ".join(f"{k} {v}" for k, v in row.items()))
+
+
 # ---------------------------------------------------------------- the command line
 
 def parse_arguments(argv=None):
@@ -367,6 +437,11 @@ def parse_arguments(argv=None):
     g.add_argument("--out-dir", metavar="DIR", help="log, checkpoints, students, picture (out/DATASET-METHOD-ARCH-SEED)")
     g.add_argument("--resume", action="store_true", help="go on from last.pt in --out-dir")
     g.add_argument("--save-every", type=float, default=0, metavar="MINUTES", help="save inside epochs too; 0: after each (0)")
+    g.add_argument("--amp", choices=["no", "bf16"], default="no", help="bf16: convolutions and linear maps in bfloat16; "
+                   "losses and the meta step stay in float32 (no)")
+    g.add_argument("--compile", action="store_true", help="torch.compile the objective; on CUDA it replays CUDA graphs")
+    g.add_argument("--benchmark", action="store_true", help="time 50 steps with and without the contrastive losses, the "
+                   "meta step and the evaluation, print them, and end")
     g.add_argument("--deterministic", action="store_true", help="bit-equal runs on CUDA too, slower (always so on the CPU)")
     g.add_argument("--evaluate", metavar="CKPT", help="print top-1 and top-5 of every student of a checkpoint, and end")
     args = p.parse_args(argv)
@@ -448,7 +523,7 @@ def run_command(args):
         args.out_dir = f"out/{args.dataset}-{args.method}-{names}-{args.seed}"
     out, found = Path(args.out_dir), None
     kept = [path for path in (out / "last.pt", out / "previous.pt") if path.exists()]
-    if kept and not args.resume:
+    if kept and not args.resume and not args.benchmark:
         raise UserError(f"--out-dir {out} holds a run already: --resume goes on with it, another --out-dir starts afresh")
     if kept:
         try:
@@ -462,6 +537,8 @@ def run_command(args):
         raise UserError(f"--batch-size {args.batch_size} is larger than the training set ({len(dataset.train_labels)} images)")
     if found and found["classes"] != dataset.classes:
         raise UserError(f"{kept[0]} was trained on other classes than those in --data-dir {args.data_dir}")
+    if args.benchmark:
+        return benchmark(args, dataset)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -481,7 +558,7 @@ def run_command(args):
 
 def compare_arguments(args, saved, path):
     """Resuming goes on with the same run; only where it runs and how long this part lasts may differ."""
-    free = {"device", "data_dir", "out_dir", "max_steps", "save_every", "resume", "evaluate"}
+    free = {"device", "data_dir", "out_dir", "max_steps", "save_every", "resume", "evaluate", "benchmark"}
     other = [k for k in vars(args) if k not in free and saved.get(k) != vars(args)[k]]
     if other:
         raise UserError(f"{path} was made with other arguments: " + ", ".join(
