@@ -84,6 +84,30 @@ def test_hypergradient_notices_momentum_and_weight_decay():
         assert distance(without, full) > 1e-3
 
 
+def test_the_authors_recursion_is_off():
+    """README section 7, row 1: b added with factor 1 instead of wd, at lr 0.1, momentum 0.9, weight decay 5e-4."""
+    def with_factor_one(inner, outer, params, phi, inner_steps, lr, momentum, weight_decay):
+        theta, v, path = params, [torch.zeros_like(p) for p in params], []
+        for loss in [inner] * inner_steps + [outer]:
+            path.append((loss, theta))
+            g = meta._gradient(loss, theta, [])
+            v = [momentum * v_i + g_i + weight_decay * p for v_i, g_i, p in zip(v, g, theta)]
+            theta = [p - lr * v_i for p, v_i in zip(theta, v)]
+        a, b, total = meta._gradient(outer, theta, []), [torch.zeros_like(p) for p in params], [torch.zeros_like(x) for x in phi]
+        for loss, theta in reversed(path):
+            u = [b_i - lr * a_i for b_i, a_i in zip(b, a)]
+            Hu, part = meta._second_order_products(loss, theta, u, phi)
+            a = [(1 - lr * weight_decay) * a_i + b_i + h for a_i, b_i, h in zip(a, b, Hu)]
+            b, total = [momentum * u_i for u_i in u], [t + p for t, p in zip(total, part)]
+        return total
+
+    for seed in range(3):
+        for steps, least, most in ((2, 0.015, 0.04), (5, 0.25, 1.5)):
+            settings = dict(inner_steps=steps, lr=0.1, momentum=0.9, weight_decay=5e-4)
+            off = distance(with_factor_one(*problem(seed), **settings), meta.hypergradient(*problem(seed), **settings))
+            assert least < off < most
+
+
 def test_hypergradient_of_what_the_loss_does_not_contain_is_zero():
     inner, outer, params, phi = problem()
     stranger = torch.ones(2, dtype=torch.float64, requires_grad=True)
