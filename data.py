@@ -7,7 +7,7 @@ function of (seed, epoch). Resuming at any step therefore needs no state of any 
 symbol  meaning                        default
 n       images of a split              50,000 and 10,000 (CIFAR-100)
 H, W    image size                     32, 32
-b       images of one batch            128 or 130 (SPEC section 5, "batches")
+b       images of one batch            128 or 130 at batch_size 128 on CIFAR-100, about n / steps
 pad     zero padding before the crop   image size // 8 = 4
 """
 
@@ -31,7 +31,7 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 DATASETS = ('cifar100', 'cifar10', 'folder', 'synthetic')
-CIFAR = {  # torchvision's class, mean, std of the training images (SPEC section 5 for CIFAR-100)
+CIFAR = {  # torchvision's class, mean, std of the training images as published
     'cifar100': (datasets.CIFAR100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     'cifar10': (datasets.CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
 }
@@ -271,7 +271,7 @@ class Batch(NamedTuple):
 def epoch_plan(labels: Tensor, batch_size: int, pad: int, seed: int, epoch: int) -> list[Batch]:
     """The n // batch_size batches of an epoch, tensors on the device of `labels` (int64 [n], all >= 0).
 
-    Source: SPEC section 5. Every image comes exactly once, in pairs of one class, since the contrastive losses need a
+    Every image comes exactly once, in pairs of one class, since the contrastive losses need a
     positive for each anchor. Class c, of m_c pairs, has at most ceil(m_c / steps) of them in a batch: with enough
     classes, all pairs of a batch differ in class. The last images of odd classes join in mixed pairs; of an odd n one
     stays alone. No image is dropped to make n divisible: batches differ by one pair instead, CIFAR-100 at 128

@@ -24,6 +24,8 @@ keep all B columns. Per-anchor values come first; the batch mean is taken last, 
 that have no positive in the batch (hard losses only). Everything runs in float32 or wider.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -72,7 +74,34 @@ def kl(log_p, log_q, T):
     log_p, log_q [..., B, C], leading dimensions broadcast -> [..., B]. No gradient flows into q.
     T^2 keeps the gradient's size independent of T (Hinton et al. 2015).
     """
-    return T ** 2 * F.kl_div(log_p, log_q.detach(), log_target=True, reduction="none").sum(-1)
+    log_p, log_q = torch.broadcast_tensors(log_p, log_q)
+    return T ** 2 * Towards.apply(log_p, log_q, log_q.exp())
+
+
+class Towards(torch.autograd.Function):
+    """sum_j q_j (log q_j - log p_j) with the gradient -q for log p and none for q.
+
+    q.detach() would give the same gradient, but it would also hide from the *derivative* of that gradient
+    that q moves with theta. The meta step differentiates through updates, and the next update's q is
+    another one: without this its hypergradient is tens of per cent off at initialisation.
+    """
+
+    @staticmethod
+    def forward(log_p, log_q, q):
+        return (q * (log_q - log_p)).sum(-1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[2])
+        ctx.save_for_forward(inputs[2])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad[..., None] * ctx.saved_tensors[0], None, None
+
+    @staticmethod
+    def jvp(ctx, tangent_p, tangent_log_q, tangent_q):
+        return -(ctx.saved_tensors[0] * tangent_p).sum(-1)
 
 
 def mean_over_anchors(per_anchor, positive):
@@ -84,7 +113,11 @@ def mean_over_anchors(per_anchor, positive):
 # ---------------------------------------------------------------- the four losses on a pair of students
 
 def vcl(z, labels, tau=0.1):
-    """Vanilla contrastive loss: nce(z_a, z_a), anchor and contrast from one student.  z [B, D] -> scalar."""
+    """Vanilla contrastive loss: nce(z_a, z_a), anchor and contrast from one student.
+
+    z [B, D] -> scalar, the mean over the anchors that have a positive. Source: arXiv 2104.12565.
+    """
+    _check_pair("vcl", z, z, labels)
     P = positives(labels)
     return mean_over_anchors(nce(similarity(z, z, tau), P), P)
 
@@ -93,8 +126,10 @@ def icl(z_a, z_b, labels, tau=0.1):
     """Interactive contrastive loss: nce(z_a, z_b), anchor from a, contrast from b; gradient into both.
 
     Minimising it maximises a lower bound of the mutual information of the two embeddings:
-    I(z_a; z_b) >= log K - ICL, K the number of negatives.  z_a, z_b [B, D] -> scalar.
+    I(z_a; z_b) >= log K - ICL, K the number of negatives.
+    z_a, z_b [B, D] -> scalar, the mean over the anchors that have a positive. Source: arXiv 2104.12565.
     """
+    _check_pair("icl", z_a, z_b, labels)
     P = positives(labels)
     return mean_over_anchors(nce(similarity(z_a, z_b, tau), P), P)
 
@@ -102,8 +137,10 @@ def icl(z_a, z_b, labels, tau=0.1):
 def soft_vcl(z_a, z_b, tau=0.1, T=3.0):
     """Soft VCL, a learns from b: kl of softmax(S(z_a,z_a)/T) towards softmax(S(z_b,z_b)/T).
 
-    z_a, z_b [B, D] -> scalar. z_b is constant; the reverse direction is soft_vcl(z_b, z_a).
+    z_a, z_b [B, D] -> scalar, the mean over all anchors. z_b is constant; the reverse direction is
+    soft_vcl(z_b, z_a). Source: arXiv 2104.12565.
     """
+    _check_pair("soft_vcl", z_a, z_b)
     log_p, log_q = (log_probabilities(similarity(z, z, tau), T) for z in (z_a, z_b))
     return kl(log_p, log_q, T).mean()
 
@@ -111,9 +148,10 @@ def soft_vcl(z_a, z_b, tau=0.1, T=3.0):
 def soft_icl(z_a, z_b, tau=0.1, T=3.0):
     """Soft ICL, a's view learns from b's: kl of softmax(S(z_a,z_b)/T) towards softmax(S(z_b,z_a)/T).
 
-    z_a, z_b [B, D] -> scalar. The second distribution is constant; both z_a and z_b get gradient
-    through the first. The reverse direction is soft_icl(z_b, z_a).
+    z_a, z_b [B, D] -> scalar, the mean over all anchors. The second distribution is constant; both z_a
+    and z_b get gradient through the first. The reverse direction is soft_icl(z_b, z_a). Source: arXiv 2104.12565.
     """
+    _check_pair("soft_icl", z_a, z_b)
     log_p, log_q = (log_probabilities(similarity(u, v, tau), T) for u, v in ((z_a, z_b), (z_b, z_a)))
     return kl(log_p, log_q, T).mean()
 
@@ -147,12 +185,13 @@ def mcl_loss(embeddings, labels, tau=0.1, T=3.0):
     over ordered pairs, each once, mean over the batch.
 
     embeddings [N, B, D] unit rows, labels [B] int64 -> dict of four scalars.
-    Raises ValueError for other shapes. Source: arXiv 2104.12565; SPEC section 2.
+    Raises ValueError for other shapes. Source: arXiv 2104.12565.
     """
     _check("mcl_loss", embeddings, "[N, B, D]", labels)
     P = positives(labels)
     values = all_pairs(embeddings, P, tau, T)
     others = ~torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)[..., None]   # [N, N, 1], a != b
+    # The soft terms need no positive: all B anchors count.
     return dict(vcl=mean_over_anchors(values["vcl"], P).sum(),
                 soft_vcl=(values["soft_vcl"] * others).mean(-1).sum(),
                 icl=mean_over_anchors(values["icl"] * others, P).sum(),
@@ -165,21 +204,22 @@ def lmcl_loss(embeddings, labels, weights, tau=0.1, T=3.0):
         sum over ordered pairs a != b and stages l, m of  mean_i lambda^{l,m}_{a,b}(x_i) * term_i,
         term = VCL_a^l + VCL_b^m,  ICL both ways,  Soft VCL both ways,  Soft ICL both ways.
 
-    lambda is symmetric, so both directions of a term have the same sum, and the whole is
-    2 * sum_{s, t of different students} mean_i lambda_{s,t,i} * value_{s,t,i}, s = (a, l), t = (b, m).
+    lambda is symmetric, so both directions of a term have the same sum: with s = (a, l), t = (b, m),
+    sum_{s,t} lambda_st (V_s + V_t) = 2 sum_{s,t} lambda_st V_s, and so on for ICL, Soft VCL and Soft ICL.
 
-    embeddings [N, L, B, D] unit rows, labels [B] int64, weights [N, L, N, L, B] symmetric (the a = b
-    blocks are ignored) -> dict of four scalars. Gradient goes into the embeddings and, if they ask
+    embeddings [N, L, B, D] unit rows, labels [B] int64, weights [N, L, N, L, B], symmetric (not checked:
+    the host would wait), the a = b blocks unused -> dict of four scalars. Gradient goes into the embeddings and, if they ask
     for it, into the weights.
-    Raises ValueError for other shapes. Source: arXiv 2207.11518; SPEC section 2.
+    Raises ValueError for other shapes. Source: arXiv 2207.11518.
     """
     _check("lmcl_loss", embeddings, "[N, L, B, D]", labels, weights)
     N, L, B, _ = embeddings.shape
     P = positives(labels)
     values = all_pairs(embeddings.flatten(0, 1), P, tau, T)
-    others = ~torch.eye(N, dtype=torch.bool, device=weights.device)[:, None, :, None, None]   # [N, 1, N, 1, 1]
-    w = (weights * others).reshape(N * L, N * L, B)                       # [S, S, B]
+    same = torch.eye(N, dtype=torch.bool, device=weights.device)[:, None, :, None, None]      # [N, 1, N, 1, 1], a = b
+    w = weights.masked_fill(same, 0).reshape(N * L, N * L, B)             # [S, S, B]
     total = {k: 2 * (w * v).sum((0, 1)) for k, v in values.items()}       # [B] each
+    # The soft terms need no positive: all B anchors count.
     return dict(vcl=mean_over_anchors(total["vcl"], P), soft_vcl=total["soft_vcl"].mean(),
                 icl=mean_over_anchors(total["icl"], P), soft_icl=total["soft_icl"].mean())
 
@@ -188,7 +228,7 @@ def lmcl_loss(embeddings, labels, weights, tau=0.1, T=3.0):
 def mutual_information_bound(embeddings, labels, tau=0.1):
     """log K - mean ICL over all ordered pairs of students, in nats; K = the negatives of an anchor.
 
-    A lower bound of I(z_a; z_b), averaged over pairs (SPEC section 2).  embeddings [N, B, D] -> scalar.
+    A lower bound of I(z_a; z_b), averaged over pairs.  embeddings [N, B, D] -> scalar.
     """
     P = positives(labels)
     values = nce(similarity(embeddings[:, None], embeddings, tau), P)     # [N, N, B]
@@ -203,10 +243,10 @@ def mutual_information_bound(embeddings, labels, tau=0.1):
 def cross_entropy(logits, labels):
     """sum over the leading dimensions (students, stages) of the batch mean of CE(logits, y).
 
-    logits [..., B, C], labels [B] -> scalar.
+    logits [..., B, C], labels [B] int64 -> scalar, in float32 or wider.
     """
     rows = _wide(logits).reshape(-1, logits.shape[-1])                    # [heads*B, C]
-    heads = len(rows) // len(labels)
+    heads = math.prod(logits.shape[:-2])
     return heads * F.cross_entropy(rows, labels.repeat(heads))
 
 
@@ -214,7 +254,7 @@ def distillation(student_logits, teacher_logits, T=3.0):
     """KL_T = T^2 * KL(softmax(teacher/T) || softmax(student/T)), batch mean, the teacher constant.
 
     student_logits, teacher_logits [..., B, C], leading dimensions broadcast -> [...].
-    Source: Hinton et al. 2015, arXiv 1503.02531; SPEC section 4.
+    Source: Hinton et al. 2015, arXiv 1503.02531.
     """
     student, teacher = (log_probabilities(_wide(logits), T) for logits in (student_logits, teacher_logits))
     return kl(student, teacher, T).mean(-1)
@@ -232,14 +272,14 @@ def mutual_distillation(logits, T=1.0):
 
 def ensemble_distillation(logits, T=3.0):
     """sum_a KL_T(logits_a <- mean_b logits_b), the mean constant.  logits [N, B, C] -> scalar."""
-    return distillation(logits, logits.mean(0, keepdim=True), T).sum()
+    return distillation(logits, _wide(logits).mean(0, keepdim=True), T).sum()
 
 
 # ---------------------------------------------------------------- adversarial distillation of feature maps (AFD)
 
 def fooling(own):
     """sum_a mean (1 - D_a(m_a))^2: student a wants its map taken for a peer's.  own [N, B] = D_a(m_a) -> scalar."""
-    return (1 - own).square().mean(-1).sum()
+    return (1 - _wide(own)).square().mean(-1).sum()
 
 
 def judging(own, peer):
@@ -247,11 +287,17 @@ def judging(own, peer):
 
     own, peer [N, B] -> scalar. Chung et al., ICML 2020, with the losses of LSGAN (Mao et al. 2017).
     """
-    return (own.square() + (1 - peer).square()).mean(-1).sum()
+    return (_wide(own).square() + (1 - _wide(peer)).square()).mean(-1).sum()
 
 
 def _wide(t):
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _check_pair(name, z_a, z_b, labels=None):
+    if z_a.dim() != 2 or z_a.shape != z_b.shape or labels is not None and labels.shape != z_a.shape[:1]:
+        raise ValueError(f"{name}: embeddings must be [B, D] alike and labels [B], got {list(z_a.shape)}, {list(z_b.shape)}"
+                         + (f" and {list(labels.shape)}" if labels is not None else ""))
 
 
 def _check(name, embeddings, form, labels, weights=None):

@@ -1,6 +1,6 @@
 """Layer matching: the meta-network, its exact gradient through virtual SGD steps, and the picture of what it learned.
 
-Yang et al., TPAMI 2023 (arXiv 2207.11518), section 3.4; SPEC sections 3 and 4.
+Yang et al., TPAMI 2023 (arXiv 2207.11518).
 
 symbol       variable       meaning                                                     shape / default
 -----------  -------------  ----------------------------------------------------------  ------------------
@@ -9,7 +9,11 @@ lambda       weights        sigmoid(<unit(W_a^l f_a^l), unit(W_b^m f_b^m)>)     
 phi          meta_params    the meta-network's parameters W
 theta        params         students, branches and embedding MLPs
 v            v              momentum buffers of the virtual steps, 0 at first           as theta
-eta, mu, wd  lr, momentum, weight_decay                                                 0.1, 0.9, 5e-4
+K            inner_steps    virtual steps on the contrastive loss; one more follows on the    2
+                            task loss, so k = 0 .. K
+eta          lr             learning rate of the virtual steps                          0.1, by the schedule
+mu           momentum                                                                   0.9
+wd           weight_decay                                                               5e-4
 """
 
 import warnings
@@ -35,10 +39,10 @@ class MatchingNetwork(nn.Module):
         self.projections = nn.ModuleList(nn.ModuleList(nn.Linear(d, dim) for _ in range(stages)) for d in widths)
 
     def forward(self, features):
-        u = torch.stack([torch.stack([W(f_al) for W, f_al in zip(W_a, f_a)])
-                         for W_a, f_a in zip(self.projections, features)])            # [N, L, B, dim]
+        u = torch.stack([torch.stack([W(f_al) for W, f_al in zip(W_a, f_a, strict=True)])
+                         for W_a, f_a in zip(self.projections, features, strict=True)])   # [N, L, B, dim]
         with torch.autocast(u.device.type, enabled=False):
-            u = F.normalize(u.float() if u.dtype in (torch.float16, torch.bfloat16) else u, dim=-1)
+            u = F.normalize(u.to(torch.promote_types(u.dtype, torch.float32)), dim=-1)
             return torch.einsum("albd,cmbd->alcmb", u, u).sigmoid()                   # [N, L, N, L, B]
 
 
@@ -49,29 +53,33 @@ def hypergradient(inner_loss, outer_loss, params, meta_params, *, inner_steps, l
 
         v_{k+1} = mu v_k + g_k(theta_k, phi) + wd theta_k,   theta_{k+1} = theta_k - eta v_{k+1},   v_0 = 0
 
-    with g_k the gradient of inner_loss for k < K = inner_steps, and of outer_loss for the last, k = K.
+    with g_k what autograd gives as the gradient of inner_loss for k < K = inner_steps, and of outer_loss
+    for the last, k = K.
 
-    Reverse recursion. Let a = dL/dtheta_{k+1} and b = dL/dv_{k+1} by way of step k+1 and later ones alone.
-    theta_{k+1} contains v_{k+1} with factor -eta, so the full derivative for v_{k+1} is
+    Reverse recursion. Let a and b be the derivatives of the result for theta_{k+1} and v_{k+1}, taken as
+    two separate inputs of the steps after k (A and Bv in the usual notation). But theta_{k+1} contains
+    v_{k+1} with factor -eta, so the full derivative for v_{k+1} is
 
         u = b - eta a.
 
-    v_{k+1} contains g_k, wd theta_k and mu v_k, and theta_{k+1} contains theta_k; with the symmetric
-    Hessian H_k = dg_k/dtheta_k therefore
+    v_{k+1} contains g_k, wd theta_k and mu v_k, and theta_{k+1} contains theta_k. With the Jacobian
+    J_k = dg_k/dtheta_k (the Hessian, unless the loss holds a part of itself constant) therefore
 
         dL/dphi     += u^T dg_k/dphi
-        dL/dtheta_k  = a + wd u + H_k u        (the next a)
+        dL/dtheta_k  = a + wd u + J_k^T u      (the next a)
         dL/dv_k      = mu u                    (the next b)
 
-    H_k u and u^T dg_k/dphi are the gradients of the one scalar X = <g_k(theta_k, phi), u>, u constant.
+    J_k^T u and u^T dg_k/dphi are the gradients of the one scalar X = <g_k(theta_k, phi), u>, u constant.
     For k = 0 only the part for phi is needed. Then X is also the directional derivative of the loss,
     d/deps inner_loss(theta_0 + eps u), one forward pass with tangents instead of two backward passes.
+    (What a loss detaches is constant in both; losses.Towards shows how a constant can still be seen to
+    move from one step to the next.)
 
     Only theta_0 .. theta_K are kept, and each step is recomputed, so the memory is that of one step.
 
     inner_loss(params), outer_loss(params): take a list of tensors in the order of `params`, return a
     scalar; they reach phi by closure. params are not changed. Returns one tensor per meta parameter,
-    zeros where the loss does not depend on it. Source: SPEC section 4, steps 1 to 3.
+    zeros where the loss does not depend on it. Source: arXiv 2207.11518, with momentum and weight decay.
     """
     losses = [inner_loss] * inner_steps + [outer_loss]
     theta, v, path = [p.detach() for p in params], [torch.zeros_like(p) for p in params], []
@@ -89,8 +97,8 @@ def hypergradient(inner_loss, outer_loss, params, meta_params, *, inner_steps, l
         if k == 0:
             part = _mixed_product(losses[k], path[k], u, meta_params)
         else:
-            Hu, part = _second_order_products(losses[k], path[k], u, meta_params)
-            a = [a_i + weight_decay * u_i + h for a_i, u_i, h in zip(a, u, Hu)]
+            Ju, part = _second_order_products(losses[k], path[k], u, meta_params)
+            a = [a_i + weight_decay * u_i + j for a_i, u_i, j in zip(a, u, Ju)]
             b = [momentum * u_i for u_i in u]
         total = [t + p for t, p in zip(total, part)]
     return total
@@ -102,7 +110,7 @@ def _gradient(loss, theta, meta_params):
 
 
 def _second_order_products(loss, theta, u, meta_params):
-    """H u and u^T dg/dphi: the gradients of X = <g, u> by a second backward pass."""
+    """J^T u and u^T dg/dphi: the gradients of X = <g, u> by a second backward pass."""
     theta = [p.detach().requires_grad_() for p in theta]
     g = _grad(loss(theta), theta, create_graph=True)
     X = sum((g_i * u_i).sum() for g_i, u_i in zip(g, u))
@@ -137,17 +145,18 @@ def meta_step(students, matching, optimizer, images, contrast, task, *, inner_st
 
     lambda is computed once, from the features at theta_0 taken as constants, and held; phi acts through
     its values alone. So the hypergradient is taken for these values and handed on to phi by one backward.
-    Batch normalisation uses the batch's statistics. Source: SPEC section 4.
+    Batch normalisation uses the batch's statistics. Source: arXiv 2207.11518.
     """
     names, params = zip(*students.named_parameters())
-    images, params = images.contiguous(), [p.detach().contiguous() for p in params]   # NCHW: a faster second order
+    images, params = images.contiguous(), [p.detach().contiguous() for p in params]   # NCHW: 1.5 times faster on the CPU here
 
     def run(theta):
+        torch.manual_seed(0)                                              # a student's dropout: the same masks each time
         return functional_call(students, dict(zip(names, theta)), (images,))
 
-    with batch_statistics(students):
+    with batch_statistics(students), torch.random.fork_rng([images.device] if images.is_cuda else []):
         with torch.no_grad():
-            features, _, _ = students(images)
+            features, _, _ = run(params)
         weights = matching(features)                                      # [N, L, N, L, B], a function of phi
         held = weights.detach().requires_grad_()
         grad, = hypergradient(lambda theta: contrast(run(theta)[1], held), lambda theta: task(run(theta)[2]),
@@ -160,7 +169,7 @@ def meta_step(students, matching, optimizer, images, contrast, task, *, inner_st
 
 @contextmanager
 def batch_statistics(module):
-    """Batch normalisation by the batch alone: running averages are neither used nor touched."""
+    """Batch normalisation in training mode leaves its running averages alone; it does not use them anyway."""
     tracking = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
     try:
         for m in tracking:

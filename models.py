@@ -4,7 +4,7 @@
                          |          '--> branch 2: stage 3 .. L (fresh copies), tail, pool = f^2, classifier
                          '-------------> branch 1: stage 2 .. L (fresh copies), tail, pool = f^1, classifier
 
-so that every stage's feature f^l has the same width d and a classifier of its own (SPEC sections 1 and 6).
+so that every stage's feature f^l has the same width d and a classifier of its own.
 A family of networks is one small class with a stem, a stage, a tail and a width; see `ResNet` below.
 `python models.py` prints every student's parameters and multiply-adds.
 
@@ -359,7 +359,7 @@ class EmbeddedCohort(nn.Module):
     def forward(self, x):
         features, logits = self.cohort(x)
         z = torch.stack([mlp(f_al) for f_a, mlps in zip(features, self.mlps) for f_al, mlp in zip(f_a, mlps)])
-        z = F.normalize(z.float(), dim=-1)                                # [N*L, B, dim]
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)    # [N*L, B, dim]
         return features, z.unflatten(0, (len(features), -1)), logits      # embeddings [N, L, B, dim]
 
 
@@ -376,7 +376,8 @@ class Aggregator(nn.Module):
 
     def forward(self, features, logits):
         g = torch.stack([mlp(f.transpose(0, 1).flatten(1)) for f, mlp in zip(features, self.mlps)])   # [N, B, L]
-        return torch.einsum("nbl,nlbc->nbc", g.softmax(-1), logits)       # [N, B, C]
+        g = g.to(torch.promote_types(g.dtype, torch.float32)).softmax(-1).mT          # [N, L, B]
+        return (g[..., None] * logits).sum(1)                             # [N, B, C]
 
 
 class Judges(nn.Module):

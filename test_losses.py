@@ -115,7 +115,7 @@ def test_a_b_blocks_are_ignored_and_term_is_linear_in_the_weights():
     z, y, w = unit(2, 3, 8, 5), torch.tensor(LABELS["unequal"]), symmetric_weights(2, 3, 8)
     spoiled = w.clone()
     for a in range(2):
-        spoiled[a, :, a] = math.pi
+        spoiled[a, :, a] = math.nan
     first, second, double = (losses.lmcl_loss(z, y, x) for x in (w, spoiled, 2 * w))
     for k in first:
         assert torch.equal(first[k], second[k])
@@ -175,6 +175,20 @@ def test_soft_terms_gradient_has_q_constant():
     assert torch.allclose(z_a.grad, by_hand[0], rtol=1e-10) and torch.allclose(z_b.grad, by_hand[1], rtol=1e-10)
 
 
+def test_soft_targets_are_constant_for_the_gradient_and_move_for_its_derivative():
+    """The derivative of the gradient field of distillation, against finite differences of that field."""
+    draw = torch.Generator().manual_seed(0)
+    w, x, u = (torch.randn(6, 4, generator=draw, dtype=torch.float64) for _ in range(3))
+    field = lambda w: torch.autograd.grad(losses.distillation(x * w, (x * w).flip(0).sin()), w, create_graph=True)[0]
+    w.requires_grad_()
+    ours, = torch.autograd.grad((field(w) * u).sum(), w)
+    for i, j in ((0, 0), (3, 2), (5, 1)):
+        step = torch.zeros_like(w)
+        step[i, j] = 1e-5
+        difference = ((field(w + step) - field(w - step)) * u).sum().item() / 2e-5
+        assert ours[i, j].item() == pytest.approx(difference, rel=1e-6, abs=1e-9)
+
+
 def test_lmcl_gradient_equals_the_sum_over_pair_functions():
     z, y = unit(2, 3, 8, 5).requires_grad_(), torch.tensor(LABELS["unequal"])
     total(losses.lmcl_loss(z, y, torch.full((2, 3, 2, 3, 8), 0.5))).backward()
@@ -222,6 +236,10 @@ def test_autocast_does_not_lower_the_precision():
     (lambda z, y, w: losses.lmcl_loss(z, y[:5], w), "[5]"),
     (lambda z, y, w: losses.lmcl_loss(z, y, w[:1]), "[1, 3, 2, 3, 8]"),
     (lambda z, y, w: losses.mcl_loss(z, y), "[2, 3, 8, 5]"),
+    (lambda z, y, w: losses.vcl(z[0, 0], y[:5]), "[5]"),
+    (lambda z, y, w: losses.icl(z[0, 0], z[1, 0, :6], y), "[6, 5]"),
+    (lambda z, y, w: losses.soft_vcl(z[0, 0], z[1, 0, :1]), "[1, 5]"),
+    (lambda z, y, w: losses.soft_icl(z[0], z[1]), "[3, 8, 5]"),
     (lambda z, y, w: losses.mcl_loss(z[:, 0], y[:5]), "[5]"),
 ])
 def test_wrong_shapes_are_named(call, words):

@@ -215,6 +215,17 @@ def assert_equal(a, b):
         assert a == b
 
 
+def test_dropout_leaves_no_trace_and_has_one_mask():
+    students, matching, images, contrast, task = meta_setting()
+    students.bodies[0].append(nn.Dropout(0.5))
+    masks = set()
+    students.bodies[0][-1].register_forward_hook(lambda module, inputs, output: masks.add(tuple((output != 0).flatten().tolist())))
+    before = torch.get_rng_state()
+    meta.meta_step(students, matching, torch.optim.SGD(matching.parameters(), lr=0.1), images, contrast, task,
+                   inner_steps=2, **HYPER)
+    assert torch.equal(torch.get_rng_state(), before) and len(masks) == 1
+
+
 def test_batch_statistics_are_restored_after_an_error():
     students = TwoStudents()
     with pytest.raises(RuntimeError), meta.batch_statistics(students):

@@ -208,6 +208,39 @@ def test_adversarial_losses_by_hand():
     assert losses.judging(own, peer).item() == pytest.approx((0 + 1) / 2 + (0.25 + 0.25) / 2 + 0 + (1 + 0) / 2)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_hypergradient_of_the_contrastive_losses_by_finite_differences(steps):
+    """lambda moved by hand, steps made by torch.optim.SGD: the soft losses' targets are constant in each step's
+    gradient, but they are other constants in the next step, and the hypergradient must know."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 4, generator=draw, dtype=torch.float64), torch.tensor([0, 0, 1, 1, 2, 3])
+    start = [torch.randn(2, 2, 5, 4, generator=draw, dtype=torch.float64) * 0.5, torch.randn(5, 4, generator=draw, dtype=torch.float64)]
+    weights = torch.full((2, 2, 2, 2, 6), 0.5, dtype=torch.float64, requires_grad=True)
+    features = lambda p: torch.einsum("nldk,bk->nlbd", p[0], x).tanh()
+    args = train.parse_arguments([])
+    inner = lambda p: train.weighted(args, losses.lmcl_loss(F.normalize(features(p), dim=-1), y, weights))
+    outer = lambda p: losses.cross_entropy(features(p) @ p[1], y)
+    sgd = dict(lr=0.02, momentum=0.9, weight_decay=5e-4)
+
+    def final_loss():
+        theta = [nn.Parameter(p.clone()) for p in start]
+        optimizer = torch.optim.SGD(theta, **sgd)
+        for loss in [inner] * steps + [outer]:
+            for p in theta:
+                p.grad = torch.zeros_like(p)                              # not None: that would spare it the decay
+            loss(theta).backward()
+            optimizer.step()
+        return outer(theta).item()
+
+    ours, = meta.hypergradient(inner, outer, start, [weights], inner_steps=steps, **sgd)
+    for place in ((0, 0, 1, 0, 0), (0, 1, 1, 0, 3), (1, 1, 0, 1, 5), (1, 0, 0, 0, 2)):
+        ends = []
+        for shift in (1e-5, -2e-5, 1e-5):
+            weights.data[place] += shift
+            ends.append(final_loss())
+        assert ours[place].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6, abs=1e-9)
+
+
 # ---------------------------------------------------------------- the loop
 
 def test_schedule_meta_steps_and_batches(run, monkeypatch):
@@ -309,7 +342,7 @@ def test_same_seed_same_result_other_seed_other_result(run):
 def test_resumed_equals_uninterrupted(run, method):
     """Stopped inside the first epoch, at its end, and inside the second."""
     whole = run("--method", method, out="whole")
-    for steps in (1, 3, 5, 0):
+    for steps in (1, 1, 3, 5, 2, 0):                                      # 1 again, 2 after 5: nothing left to do
         parts = run("--method", method, "--max-steps", steps, "--resume", out="parts")
     assert without_times(parts) == without_times(whole)
     assert_equal(state("parts/last.pt"), state("whole/last.pt"))
@@ -325,6 +358,11 @@ def test_max_steps_logs_the_unfinished_epoch(run):
 def test_resume_without_a_checkpoint_starts_afresh_and_says_so(run, capsys):
     run("--resume", epochs=1)
     assert "starting afresh" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["lmcl", "afd"])
+def test_bfloat16(run, method):
+    assert math.isfinite(run("--amp", "bf16", "--method", method, epochs=1)[1]["loss"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -375,6 +413,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(run, monkeypat
     (["--lr", "nan"], 2, "--lr"),
     (["--momentum", "1"], 2, "--momentum"),
     (["--momentum", "0"], 2, "Nesterov"),
+    (["--weight-soft-icl", "nan"], 2, "--weight-soft-icl"),
     (["--weight-decay", "-1"], 2, "--weight-decay"),
     (["--tau", "0"], 2, "--tau"),
     (["--T", "-3"], 2, "--T"),

@@ -8,7 +8,8 @@
     python train.py --arch resnet32 --resume                           # go on after an interruption
     python train.py --evaluate out/RUN/last.pt                         # top-1 and top-5 of every student
 
-The method is that of Yang et al., TPAMI 2023 (arXiv 2207.11518); section numbers refer to the README.
+The method is that of Yang et al., TPAMI 2023 (arXiv 2207.11518). SIGINT and SIGTERM end a run after the present step,
+with everything saved; a second one ends it at once.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def objective(args, net, images, labels):
     afd:   as dml with T = 3, + sum_a (1 - D_a(map_a))^2
     deep-supervision, independent: cross-entropy of every head there is.
 
-    The third value is lambda for lmcl, the aligned maps for afd, else None.
+    The third value, `second`, is lambda for lmcl, the aligned maps for afd, else None.
     """
     if args.method in ("lmcl", "mcl"):
         features, embeddings, logits = net["students"](images)    # N x [L, B, d_a], [N, L, B, D], [N, L, B, C]
@@ -87,7 +88,7 @@ def objective(args, net, images, labels):
     if args.method == "lmcl":
         aggregated = net["aggregator"](features, logits)                              # [N, B, C]
         terms["ce_agg"] = losses.cross_entropy(aggregated, labels)
-        terms["kd"] = losses.distillation(logits[:, None, -1], aggregated, args.T).sum()   # all pairs a, b
+        terms["kd"] = losses.distillation(logits[:, -1][:, None], aggregated, args.T).sum()   # [N, N]: a = b too
         with torch.no_grad():                                                         # lambda is a constant here
             second = net["matching"](features)                                        # [N, L, N, L, B]
         contrast = losses.lmcl_loss(embeddings, labels, second, args.tau, args.T)
@@ -110,7 +111,7 @@ def objective(args, net, images, labels):
         if len(args.arch) > 1:
             terms["fooling"] = losses.fooling(net["judges"](second))
             loss = loss + terms["fooling"]
-    if args.method in ("lmcl", "mcl"):
+    if args.method in ("lmcl", "mcl") and len(args.arch) > 1:
         terms["mi_bound"] = losses.mutual_information_bound(embeddings[:, -1], labels, args.tau)
     return loss, {"loss": loss, **terms}, second
 
@@ -134,6 +135,8 @@ def build(args, num_classes):
 def train(args, dataset, run):
     """The ordinary step on every batch, the meta step on every --meta-freq-th, evaluation after every epoch."""
     for epoch in range(run.epoch, args.epochs):
+        if 0 < args.max_steps <= run.total_steps:
+            return
         lr = args.lr / 2 * (1 + math.cos(math.pi * epoch / args.epochs))
         run.begin(lr)
         for images, labels in data.train_batches(dataset, args.batch_size, args.seed, epoch, start=run.step):
@@ -148,8 +151,6 @@ def train(args, dataset, run):
                 return
         run.stop_clock()
         run.end_of_epoch(*evaluate(run.cohort, dataset))
-        if run.total_steps == args.max_steps:
-            return
 
 
 def ordinary_step(args, run, images, labels):
@@ -173,7 +174,7 @@ def matching_step(args, run, images, labels):
 
 def judge_step(judges, optimizer, maps):
     """afd: the discriminators learn to tell each student's map from the next one's; the maps are constant."""
-    maps = [m.detach() for m in maps]
+    maps = [m.detach().float() for m in maps]
     optimizer.zero_grad()                                                             # the students' step left some
     losses.judging(judges(maps), judges(maps[1:] + maps[:1])).backward()
     optimizer.step()
@@ -325,7 +326,7 @@ class Run:
                      optimizers=[o.state_dict() for o in (self.optimizer, self.second_optimizer) if o],
                      **{k: getattr(self, k) for k in self.CARRIED})
         checkpoint.save(self.out / name, state, keep=self.out / "previous.pt" if name == "last.pt" else None)
-        self.saved = time.perf_counter()
+        self.saved = self.clock = time.perf_counter()
 
     def load(self, state):
         self.net.load_state_dict(state["net"])
@@ -377,7 +378,7 @@ def benchmark(args, dataset, steps=50, warm_up=5):
                 torch.cuda.synchronize(args.device)
             times.append(1e3 * (time.perf_counter() - start))
         times, peak = sorted(times[skip:]), torch.cuda.max_memory_allocated(args.device) if cuda else \
-            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else math.nan
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) if resource else 0
         rows[name] = dict(median_ms=times[len(times) // 2], min_ms=times[0], max_ms=times[-1], runs=n, peak_mib=peak / 2 ** 20)
         rows[name] = {k: round(v, 2) for k, v in rows[name].items()}
 
@@ -417,7 +418,8 @@ def parse_arguments(argv=None):
     g = p.add_argument_group("recipe")
     g.add_argument("--epochs", type=int, default=300, help="length of the cosine schedule (300)")
     g.add_argument("--max-steps", type=int, default=0, metavar="STEPS", help="end after so many steps; 0: never (0)")
-    g.add_argument("--batch-size", type=int, default=128, help="images a step, an even number (128)")
+    g.add_argument("--batch-size", type=int, default=128, help="images a step, an even number; a few more where the set "
+                   "does not divide, so that every image comes once an epoch (128)")
     g.add_argument("--lr", type=float, default=0.1, help="initial learning rate of SGD with Nesterov momentum (0.1)")
     g.add_argument("--momentum", type=float, default=0.9, help="(0.9)")
     g.add_argument("--weight-decay", type=float, default=5e-4, help="(5e-4)")
@@ -454,8 +456,10 @@ def parse_arguments(argv=None):
             ("--num-nets", 1 <= args.num_nets == len(args.arch), "at least 1, and the number of names if --arch has several"),
             ("--batch-size", args.batch_size >= 2 and args.batch_size % 2 == 0, "even and at least 2: batches are made of pairs"),
             ("--epochs", args.epochs >= 1, "at least 1"), ("--max-steps", args.max_steps >= 0, "0 (no end) or more"),
-            ("--lr", 0 < args.lr < math.inf, "above 0"), ("--momentum", 0 <= args.momentum < 1, "in [0, 1)"),
-            ("--momentum", args.momentum > 0, "above 0: Nesterov needs it"),
+            ("--lr", 0 < args.lr < math.inf, "above 0"),
+            ("--momentum", 0 < args.momentum < 1, "between 0 and 1: Nesterov needs it"),
+            *((f"--weight-{k}", 0 <= vars(args)[f"weight_{k.replace('-', '_')}"] < math.inf, "0 or more")
+              for k in ("vcl", "icl", "soft-vcl", "soft-icl")),
             ("--weight-decay", 0 <= args.weight_decay < math.inf, "0 or more"),
             ("--tau", 0 < args.tau < math.inf, "above 0"), ("--T", 0 < args.T < math.inf, "above 0"),
             ("--meta-freq", args.meta_freq >= 1, "at least 1"), ("--meta-steps", args.meta_steps >= 1, "at least 1"),
