@@ -6,6 +6,7 @@ A checkpoint is what torch.save writes, followed by the SHA-256 of it (32 bytes,
 over). It is loaded with weights_only=True: no pickled code of whoever wrote the file is ever run.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -36,7 +37,8 @@ def write(path, content, keep=None):
             os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):               # on a read-only file system not even this
+            temporary.unlink()
         raise CheckpointError(f"cannot write {path} ({error.strerror}): make room for {len(content) / 2 ** 20:.1f} MiB or "
                               "give another --out-dir; what was there before is untouched") from None
 
@@ -61,7 +63,7 @@ def load(path, device="cpu"):
     try:
         return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except Exception as error:                       # torch names no class for files that it does not understand
-        raise CheckpointError(f"{path} is no checkpoint of this program ({str(error).splitlines()[0][:60]})") from None
+        raise CheckpointError(f"{path} is no checkpoint of this program ({(str(error) or repr(error)).splitlines()[0][:60]})") from None
 
 
 class Signals:

@@ -446,7 +446,7 @@ def test_user_errors_end_in_one_line(run, flags, code, words, capsys):
             Path("damaged/last.pt").write_bytes(Path("damaged/last.pt").read_bytes()[:-1000])
     Path("junk.pt").write_bytes(b"junk" * 100)
     checkpoint.save("foreign.pt", {"weights": torch.ones(2)})
-    checkpoint.save("future.pt", {"format": 99})
+    checkpoint.save("future.pt", {"format": 99, "args": {}, "net": {}})
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         run(*flags)

@@ -308,9 +308,9 @@ class Run:
         self.epoch, self.step = self.epoch + 1, 0
         self.reset()
         improved, self.best = sum(top1) / len(top1) > self.best, max(self.best, sum(top1) / len(top1))
-        self.save("last.pt")
-        if improved:
+        if improved:                                       # first: what follows last.pt is not done again after a kill
             self.save("best.pt")
+        self.save("last.pt")
         self.write_log()
 
     def write_log(self, *unfinished):
@@ -345,7 +345,7 @@ class Run:
 
 def read_checkpoint(path, device):
     state = checkpoint.load(path, device)
-    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+    if not isinstance(state, dict) or not {"format", "args", "net"} <= state.keys():
         raise UserError(f"{path} is no checkpoint of this program (last.pt and best.pt of an --out-dir are)")
     if state["format"] > CHECKPOINT_FORMAT:
         raise UserError(f"{path} is of format {state['format']}, newer than this program's {CHECKPOINT_FORMAT}: update it")
@@ -482,7 +482,7 @@ def pick_device(name):
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()                   # "meta" exists, but computes nothing
     except Exception as error:
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0][:80]}); try --device cpu")
     return name
@@ -526,21 +526,22 @@ def run_command(args):
         names = "+".join(args.arch) if len(set(args.arch)) > 1 else f"{args.arch[0]}x{len(args.arch)}"
         args.out_dir = f"out/{args.dataset}-{args.method}-{names}-{args.seed}"
     out, found = Path(args.out_dir), None
-    kept = [path for path in (out / "last.pt", out / "previous.pt") if path.exists()]
+    kept = [path for path in (out / "last.pt", out / "previous.pt") if os.path.exists(path)]   # Path.exists may raise
     if kept and not args.resume and not args.benchmark:
         raise UserError(f"--out-dir {out} holds a run already: --resume goes on with it, another --out-dir starts afresh")
     if kept:
         try:
             found = read_checkpoint(kept[0], args.device)
         except checkpoint.CheckpointError as error:
-            raise UserError(f"{error}" + (f"; to go on from the one before it: mv {kept[1]} {kept[0]}" if kept[1:] else ""))
+            raise UserError(f"{error}" + (f"; to go on from the one before it: mv {kept[1]} {kept[0]}" if kept[1:]
+                                          else "; another --out-dir starts afresh"))
         compare_arguments(args, found["args"], kept[0])
 
     dataset = data.load(args.dataset, args.data_dir, args.image_size).to(args.device)
     if args.batch_size > len(dataset.train_labels):
         raise UserError(f"--batch-size {args.batch_size} is larger than the training set ({len(dataset.train_labels)} images)")
     if found and found["classes"] != dataset.classes:
-        raise UserError(f"{kept[0]} was trained on other classes than those in --data-dir {args.data_dir}")
+        raise UserError(f"{kept[0]} was trained on other classes than those in --data-dir {args.data_dir}: give its own")
     if args.benchmark:
         return benchmark(args, dataset)
     try:
@@ -563,10 +564,10 @@ def run_command(args):
 def compare_arguments(args, saved, path):
     """Resuming goes on with the same run; only where it runs and how long this part lasts may differ."""
     free = {"device", "data_dir", "out_dir", "max_steps", "save_every", "resume", "evaluate", "benchmark"}
-    other = [k for k in vars(args) if k not in free and saved.get(k) != vars(args)[k]]
+    other = [k for k in saved if k not in free and vars(args).get(k) != saved[k]]
     if other:
         raise UserError(f"{path} was made with other arguments: " + ", ".join(
-            f"--{k.replace('_', '-')} {shown(saved.get(k))} (now {shown(vars(args)[k])})" for k in other)
+            f"--{k.replace('_', '-')} {shown(saved[k])} (now {shown(vars(args).get(k))})" for k in other)
             + "; give the same ones, or another --out-dir"
             + (" (another --epochs would be another learning-rate schedule)" if "epochs" in other else ""))
 
@@ -581,7 +582,8 @@ def evaluate_checkpoint(args):
     saved.device = args.device
     dataset = data.load(args.dataset or saved.dataset, args.data_dir or saved.data_dir, saved.image_size)
     if dataset.classes != state["classes"]:
-        raise UserError(f"{args.evaluate} was trained on other classes than those of --dataset {dataset.name}")
+        raise UserError(f"{args.evaluate} was trained on other classes than those of --dataset {dataset.name} "
+                        f"--data-dir {args.data_dir or saved.data_dir}: give its own data set")
     dataset = dataset._replace(mean=state["mean"], std=state["std"]).to(args.device)
     net, cohort = build(saved, len(dataset.classes))
     net.load_state_dict(state["net"])
@@ -597,8 +599,13 @@ def main(argv=None):
     except (UserError, data.DataError, checkpoint.CheckpointError) as error:
         print(f"train.py: {'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr)
         sys.exit(1)
-    except torch.OutOfMemoryError:
-        print(f"train.py: error: out of memory on {args.device}: try a smaller --batch-size", file=sys.stderr)
+    except KeyboardInterrupt:                              # in training checkpoint.Signals takes it
+        print("train.py: interrupted before training began", file=sys.stderr)
+        sys.exit(130)
+    except (MemoryError, RuntimeError) as error:           # torch.OutOfMemoryError is a RuntimeError; the CPU has no class
+        if type(error) is RuntimeError and "allocate memory" not in str(error):
+            raise
+        print(f"train.py: error: out of memory on {args.device}: try a smaller --batch-size or --image-size", file=sys.stderr)
         sys.exit(1)
 
 
