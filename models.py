@@ -42,7 +42,7 @@ class Residual(nn.Module):
             self.shortcut = nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
 
     def forward(self, x):
-        return F.relu(self.body(x) + self.shortcut(x), inplace=True)
+        return F.relu(self.body(x).add_(self.shortcut(x)), inplace=True)  # in place: BN keeps its input, not its output
 
 
 def basic_block(inputs, planes, stride):
@@ -97,7 +97,7 @@ class PreActivation(nn.Module):
 
     def forward(self, x):
         active = self.activation(x)
-        return self.body(active) + (self.shortcut(active) if self.shortcut else x)
+        return self.body(active).add_(self.shortcut(active) if self.shortcut else x)
 
 
 class WRN:
