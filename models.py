@@ -388,7 +388,8 @@ class Judges(nn.Module):
     convolution-BN-LeakyReLU, that learns with its student; a discriminator is two 3x3 convolutions with
     LeakyReLU, pooling and a linear map to one score, without BN, which would normalise own and peer maps
     apart and so hide what tells them apart; each student is judged against the next one only; least
-    squares. Transfer layers and students minimise losses.fooling, discriminators losses.judging.
+    squares; a weight (--weight-fooling). Transfer layers and students minimise losses.fooling,
+    discriminators losses.judging, with Adam(2e-4, betas 0.5 and 0.999).
 
     maps: one example per student, [B, c_a, h_a, w_a].
     """

@@ -71,7 +71,7 @@ def objective(args, net, images, labels):
     lmcl:  sum_a sum_l CE(logits_a^l, y) + sum_a CE(agg_a, y) + sum_a sum_b KL_T(logits_a^L <- agg_b) + L_L-MCL
     mcl:   sum_a CE(logits_a^L, y) + L_MCL (+ sum_a KL_T(logits_a^L <- mean_b logits_b^L) with --logit-kd)
     dml:   sum_a CE(logits_a^L, y) + sum_a mean_{b != a} KL_1(logits_a^L <- logits_b^L)
-    afd:   as dml with T = 3, + sum_a (1 - D_a(map_a))^2
+    afd:   as dml with T = 3, + weight_fooling * sum_a (1 - D_a(map_a))^2
     deep-supervision, independent: cross-entropy of every head there is.
 
     The third value, `second`, is lambda for lmcl, the aligned maps for afd, else None.
@@ -110,7 +110,7 @@ def objective(args, net, images, labels):
         loss = loss + terms["kd"]
         if len(args.arch) > 1:
             terms["fooling"] = losses.fooling(net["judges"](second))
-            loss = loss + terms["fooling"]
+            loss = loss + args.weight_fooling * terms["fooling"]
     if args.method in ("lmcl", "mcl") and len(args.arch) > 1:
         terms["mi_bound"] = losses.mutual_information_bound(embeddings[:, -1], labels, args.tau)
     return loss, {"loss": loss, **terms}, second
@@ -432,6 +432,8 @@ def parse_arguments(argv=None):
     g.add_argument("--tau", type=float, default=0.1, help="temperature of the contrastive distributions (0.1)")
     g.add_argument("--T", type=float, default=3.0, help="temperature of the KL terms (3)")
     g.add_argument("--logit-kd", action="store_true", help="mcl: each student also distils the mean of all logits")
+    g.add_argument("--weight-fooling", type=float, default=0.05, metavar="W", help="afd: of the adversarial term; at 1 it "
+                   "drowns the others at this learning rate (0.05)")
     g.add_argument("--meta-freq", type=int, default=50, metavar="STEPS", help="a meta step every so many steps (50)")
     g.add_argument("--meta-steps", type=int, default=2, metavar="K", help="virtual steps on the contrastive loss (2)")
     g = p.add_argument_group("running")
@@ -459,7 +461,7 @@ def parse_arguments(argv=None):
             ("--lr", 0 < args.lr < math.inf, "above 0"),
             ("--momentum", 0 < args.momentum < 1, "between 0 and 1: Nesterov needs it"),
             *((f"--weight-{k}", 0 <= vars(args)[f"weight_{k.replace('-', '_')}"] < math.inf, "0 or more")
-              for k in ("vcl", "icl", "soft-vcl", "soft-icl")),
+              for k in ("vcl", "icl", "soft-vcl", "soft-icl", "fooling")),
             ("--weight-decay", 0 <= args.weight_decay < math.inf, "0 or more"),
             ("--tau", 0 < args.tau < math.inf, "above 0"), ("--T", 0 < args.T < math.inf, "above 0"),
             ("--meta-freq", args.meta_freq >= 1, "at least 1"), ("--meta-steps", args.meta_steps >= 1, "at least 1"),
@@ -506,7 +508,7 @@ def report(args, dataset, run):
     print(f"device     {device_name(args.device)}, torch {torch.__version__}")
     contrast = (f" + {args.weight_vcl:g} vcl + {args.weight_icl:g} icl + {args.weight_soft_vcl:g} soft_vcl"
                 f" + {args.weight_soft_icl:g} soft_icl; tau {args.tau:g}, T {args.T:g}")
-    extra = {"lmcl": " + ce_agg + kd", "mcl": " + kd" * args.logit_kd, "dml": " + kd", "afd": " + kd + fooling"}
+    extra = {"lmcl": " + ce_agg + kd", "mcl": " + kd" * args.logit_kd, "dml": " + kd", "afd": f" + kd + {args.weight_fooling:g} fooling"}
     print(f"loss       {args.method}: ce" + extra.get(args.method, "")
           + (contrast if args.method in ("lmcl", "mcl") else ""))
     print(f"steps      {args.epochs} epochs of {run.steps_per_epoch} steps of {args.batch_size} = "
