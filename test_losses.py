@@ -1,4 +1,4 @@
-"""losses.py against Python loops written from the formulas of SPEC section 2, in float64."""
+"""losses.py against Python loops written from the formulas, in float64."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""models.py: the networks are those of the published tables, and a cohort computes what SPEC sections 1, 4 and 6 say."""
+"""models.py: the networks are those of the published tables, and a cohort computes what it says."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import models
 
-# SPEC section 6: width, backbone and branch parameters, multiply-adds in millions of the backbone and with branches.
+# As published: width, backbone and branch parameters, multiply-adds in millions of the backbone and with branches.
 TABLE = {
     "resnet32": (64, 472_756, 809_096, 69.1, 136.8),
     "resnet56": (64, 861_620, 1_475_208, 125.8, 250.0),

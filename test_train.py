@@ -291,6 +291,18 @@ def test_outputs(run, tmp_path, capsys, images):
         assert round(100 * hits.item() / 18, 2) == log[-1]["test_top1"][a - 1]
 
 
+def test_operations_of_an_ordinary_step(images):
+    """Forward, backward and optimizer of resnet32 x 2, views aside: no change lets them creep up."""
+    args = train.parse_arguments(["--arch", "resnet32", "--device", "cpu", "--out-dir", "unused"])
+    run = train.Run(args, data.load("folder", images, 16), signals=None)
+    run.begin(0.1)
+    batches = [b for epoch in (0, 1) for b in data.train_batches(run.dataset, 18, 0, epoch)]
+    train.ordinary_step(args, run, *batches[0])                           # the first makes the momentum buffers
+    with train.CountOperations() as counter:
+        train.ordinary_step(args, run, *batches[1])
+    assert counter.count <= 1550
+
+
 def test_the_log_holds_means_over_the_epoch(run, monkeypatch):
     values, true_objective = [], train.objective
 
