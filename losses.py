@@ -10,6 +10,8 @@ N        N            students trained together
 L        L            stages of a student whose features contrast    3 on CIFAR students
 S        S            embedding sets, one per student and stage      N * L
 B, D     B, D         batch size, embedding dimension                128, 128
+C        C            classes; the last dimension of logits           100
+K        log_K        negatives of an anchor: other classes' samples  126 in a batch of 64 pairs
 z_a^l    embeddings   unit embedding of student a at stage l         [N, L, B, D]
 y        labels       class of each sample                           [B], int64
 tau      tau          temperature of the contrastive distributions   0.1
@@ -17,6 +19,7 @@ T        T            extra temperature of every KL term             3
 S(u,v)   scores       u v^T / tau; row i belongs to anchor i         [..., B, B]
 P(i)     positives    1 where j is another sample of i's class       [B, B]; the diagonal is always 0
 lambda   weights      layer-matching weight (see meta.py)            [N, L, N, L, B]
+alpha, beta, gamma, lam: the weights of VCL, ICL, Soft VCL, Soft ICL; train.weighted applies them (0.1, 0.1, 1, 1)
 
 Conventions. Anchors are rows, contrasts are columns. The hard losses (VCL, ICL) leave column j = i out
 of positives and negatives alike, whether both sets come from one student or from two; the soft losses

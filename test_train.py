@@ -303,6 +303,19 @@ def test_operations_of_an_ordinary_step(images):
     assert counter.count <= 1550
 
 
+def test_benchmark_leaves_a_run_in_out_dir_alone(run, images, monkeypatch, capsys):
+    run(epochs=1)
+    before, true_benchmark = Path("out/last.pt").read_bytes(), train.benchmark
+    monkeypatch.setattr(train, "benchmark", lambda args, dataset: true_benchmark(args, dataset, steps=2, warm_up=1))
+    capsys.readouterr()
+    train.main(["--benchmark", "--dataset", "folder", "--data-dir", str(images), "--image-size", "16", "--arch", "resnet8",
+                "--batch-size", "18", "--device", "cpu", "--epochs", "7", "--out-dir", "out"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert {"step, deep-supervision", "step, lmcl", "meta step", "evaluation"} <= rows.keys()
+    assert rows["step, lmcl"]["operations"] > rows["step, deep-supervision"]["operations"] > 0
+    assert Path("out/last.pt").read_bytes() == before
+
+
 def test_the_log_holds_means_over_the_epoch(run, monkeypatch):
     values, true_objective = [], train.objective
 

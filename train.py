@@ -529,7 +529,9 @@ def run_command(args):
         args.out_dir = f"out/{args.dataset}-{args.method}-{names}-{args.seed}"
     out, found = Path(args.out_dir), None
     kept = [path for path in (out / "last.pt", out / "previous.pt") if os.path.exists(path)]   # Path.exists may raise
-    if kept and not args.resume and not args.benchmark:
+    if args.benchmark:
+        kept = []                                          # it neither reads nor writes a run
+    if kept and not args.resume:
         raise UserError(f"--out-dir {out} holds a run already: --resume goes on with it, another --out-dir starts afresh")
     if kept:
         try:
