@@ -108,6 +108,60 @@ def test_the_authors_recursion_is_off():
             assert least < off < most
 
 
+LAYERS = {
+    "convolution": (nn.Conv2d(2, 4, 3, padding=1, bias=False), (3, 2, 5, 5)),
+    "strided": (nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 6, 6)),
+    "dilated depthwise": (nn.Conv2d(3, 3, 3, padding=2, dilation=2, groups=3, bias=False), (2, 3, 5, 5)),
+    "pointwise": (nn.Conv2d(3, 2, 1, stride=2, bias=False), (2, 3, 4, 4)),
+    "batch norm": (nn.BatchNorm2d(3, eps=0.1, track_running_stats=False), (4, 3, 2, 3)),
+    "batch norm of vectors": (nn.BatchNorm1d(3, track_running_stats=False), (5, 3)),
+}
+
+
+@pytest.mark.parametrize("name,memory_format", [
+    (name, memory_format) for name, (_, shape) in LAYERS.items()
+    for memory_format in (torch.contiguous_format, torch.channels_last) if len(shape) == 4 or memory_format is torch.contiguous_format])
+def test_cheap_second_derivatives_are_the_derivatives(name, memory_format):
+    """Of a nonlinear function of the layer, for everything that goes in: equal to PyTorch's, and to finite differences."""
+    layer, shape = LAYERS[name]
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_()
+    x = draw(*shape).detach().contiguous(memory_format=memory_format).requires_grad_()
+    names, inputs = [k for k, _ in layer.named_parameters()], [x, *(draw(*p.shape) for p in layer.parameters())]
+    call = lambda x, *p: torch.func.functional_call(layer, dict(zip(names, p)), (x,))
+
+    def cheap(*inputs):
+        with meta.CheapSecondDerivatives():
+            return call(*inputs)
+
+    def second(function):
+        y = function(*inputs)
+        first = torch.autograd.grad((y ** 3 + y).sum(), inputs, create_graph=True)
+        return [*first, *torch.autograd.grad(sum((f ** 2).sum() for f in first), inputs)]
+
+    assert type(cheap(*inputs).grad_fn).__name__ in ("ConvolutionBackward", "BatchNormBackward", "AddBackward0")   # not PyTorch's
+    assert distance(second(cheap), second(call)) < 1e-12
+    assert torch.autograd.gradgradcheck(cheap, inputs)
+
+
+def test_cheap_second_derivatives_of_the_first_layer_and_of_unlike_calls():
+    """Images need no gradient; padding by name, evaluation mode and a batch norm without weight stay PyTorch's."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, 5, 5, generator=g, dtype=torch.float64)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding="same"),
+                        nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2).eval()).double()
+    params, u = zip(*((p, torch.randn(p.shape, generator=g, dtype=torch.float64)) for p in net.parameters()))
+
+    def product():
+        first = torch.autograd.grad((net(images) ** 3).sum(), params, create_graph=True)
+        return torch.autograd.grad(sum((f * u_i).sum() for f, u_i in zip(first, u)), params)
+
+    with meta.batch_statistics(net):
+        exact = product()
+        with meta.CheapSecondDerivatives():
+            assert distance(product(), exact) < 1e-12
+
+
 def test_hypergradient_of_what_the_loss_does_not_contain_is_zero():
     inner, outer, params, phi = problem()
     stranger = torch.ones(2, dtype=torch.float64, requires_grad=True)
