@@ -83,57 +83,59 @@ def hypergradient(inner_loss, outer_loss, params, meta_params, *, inner_steps, l
     scalar; they reach phi by closure. params are not changed. Returns one tensor per meta parameter,
     zeros where the loss does not depend on it. Source: arXiv 2207.11518, with momentum and weight decay.
     """
-    losses = [inner_loss] * inner_steps + [outer_loss]
-    theta, v, path = [p.detach() for p in params], [torch.zeros_like(p) for p in params], []
-    for loss in losses:
-        path.append(theta)
-        g = _gradient(loss, theta, [])
-        v = [momentum * v_i + g_i + weight_decay * p for v_i, g_i, p in zip(v, g, theta)]
-        theta = [p - lr * v_i for p, v_i in zip(theta, v)]
+    shapes, sizes = [p.shape for p in params], [p.numel() for p in params]
+    flat = lambda tensors: torch.cat([t.detach().reshape(-1) for t in tensors])
+    cut = lambda vector: [part.view(shape) for part, shape in zip(vector.split(sizes), shapes)]
+    steps = [lambda theta: inner_loss(cut(theta))] * inner_steps + [lambda theta: outer_loss(cut(theta))]
 
-    grads = _gradient(outer_loss, theta, meta_params)
-    a, total = grads[:len(params)], grads[len(params):]
-    b = [torch.zeros_like(p) for p in params]
-    for k in reversed(range(len(losses))):
-        u = [b_i - lr * a_i for b_i, a_i in zip(b, a)]
+    theta, path = flat(params), []                                        # theta, v, a, b, u: one vector each
+    v = torch.zeros_like(theta)
+    for loss in steps:
+        path.append(theta)
+        g, = _gradients(loss, theta)
+        v = momentum * v + g + weight_decay * theta
+        theta = theta - lr * v
+
+    a, *total = _gradients(steps[-1], theta, meta_params)
+    b = torch.zeros_like(a)
+    for k in reversed(range(len(steps))):
+        u = b - lr * a
         if k == 0:
-            part = _mixed_product(losses[k], path[k], u, meta_params)
+            part = _mixed_product(steps[k], path[k], u, meta_params)
         else:
-            Ju, part = _second_order_products(losses[k], path[k], u, meta_params)
-            a = [a_i + weight_decay * u_i + j for a_i, u_i, j in zip(a, u, Ju)]
-            b = [momentum * u_i for u_i in u]
+            Ju, *part = _second_order_products(steps[k], path[k], u, meta_params)
+            a, b = a + weight_decay * u + Ju, momentum * u
         total = [t + p for t, p in zip(total, part)]
     return total
 
 
-def _gradient(loss, theta, meta_params):
-    theta = [p.detach().requires_grad_() for p in theta]
-    return _grad(loss(theta), theta + list(meta_params))
+def _gradients(loss, theta, meta_params=()):
+    theta = theta.detach().requires_grad_()
+    return _grad(loss(theta), [theta, *meta_params])
 
 
 def _second_order_products(loss, theta, u, meta_params):
     """J^T u and u^T dg/dphi: the gradients of X = <g, u> by a second backward pass."""
-    theta = [p.detach().requires_grad_() for p in theta]
+    theta = theta.detach().requires_grad_()
     with CheapSecondDerivatives():
-        g = _grad(loss(theta), theta, create_graph=True)
-    X = sum((g_i * u_i).sum() for g_i, u_i in zip(g, u))
-    grads = _grad(X, theta + list(meta_params))
-    return grads[:len(theta)], grads[len(theta):]
+        g, = _grad(loss(theta), [theta], create_graph=True)
+    return _grad(g @ u, [theta, *meta_params])
 
 
 def _mixed_product(loss, theta, u, meta_params):
     """u^T dg/dphi alone: the gradient of X = d/deps loss(theta + eps u), which forward mode gives."""
     with forward_ad.dual_level(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")   # PyTorch's own forward mode uses it
-        X = forward_ad.unpack_dual(loss([forward_ad.make_dual(p, u_i) for p, u_i in zip(theta, u)])).tangent
-        return _grad(X, list(meta_params))
+        with CheapSecondDerivatives():
+            X = forward_ad.unpack_dual(loss(forward_ad.make_dual(theta, u))).tangent
+        return _grad(X, meta_params)
 
 
 def _grad(scalar, inputs, create_graph=False):
     """torch.autograd.grad with zeros for what the scalar does not depend on."""
     if scalar is None or not scalar.requires_grad:
         return [torch.zeros_like(p) for p in inputs]
-    return list(torch.autograd.grad(scalar, inputs, create_graph=create_graph, materialize_grads=True))
+    return torch.autograd.grad(scalar, inputs, create_graph=create_graph, materialize_grads=True)
 
 
 # ---------------------------------------------------------------- second derivatives of the two layers that cost
@@ -166,8 +168,14 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, *geometry):
         ctx.save_for_backward(x, w)
+        ctx.save_for_forward(x, w)
         ctx.geometry = geometry
         return F.conv2d(x, w, None, *geometry)
+
+    @staticmethod
+    def jvp(ctx, dx, dw, *_):
+        x, w = ctx.saved_tensors
+        return F.conv2d(dx, w, None, *ctx.geometry) + F.conv2d(x, dw, None, *ctx.geometry)
 
     @staticmethod
     def backward(ctx, g):
@@ -211,7 +219,15 @@ class BatchNorm(torch.autograd.Function):
     def forward(ctx, x, w, b, eps):
         y, mean, r = torch.native_batch_norm(x, w, b, None, None, True, 0.0, eps)
         ctx.save_for_backward(x, w, mean, r)
+        ctx.save_for_forward(x, w, mean, r)
+        ctx.eps = eps
         return y
+
+    @staticmethod
+    def jvp(ctx, dx, dw, db, _):
+        x, w, mean, r = ctx.saved_tensors
+        along_x, _, _ = _batch_norm_gradients(dx, x, w, mean, r, [True, False, False])          # w r P dx
+        return along_x.add_(torch.native_batch_norm(x, dw, db, None, None, True, 0.0, ctx.eps)[0])     # + dw x^ + db
 
     @staticmethod
     def backward(ctx, g):
@@ -222,10 +238,10 @@ class BatchNormBackward(torch.autograd.Function):
     """With M values a channel and the projection P t = t - mean(t) - x^ mean(t x^), which is its own adjoint:
 
     gx = w r P g,  gw = sum(g x^),  gb = sum(g);    T = w r P hx + hw x^ + hb.
-    X = w r S + hw gw + hb gb with S = <hx, P g> = q - (s gb + p gw) / M, q = <hx, g>, s = sum(hx), p = sum(hx x^).
-    From x^ and from r = r(x), whose gradients are r P(.) and -r^2 x^ / M:
+    X = w r S + hw gw + hb gb with S = <hx, P g> = <hx, g> - (s gb + p gw) / M,  s = sum(hx), p = sum(hx x^).
+    Through x^ and through r, which pass a gradient on as r P(.) and as -r^2 x^ / M:
 
-    dX/dx = r P(e) - w S r^2 x^ / M,    e = dX/dx^ = alpha hx + beta g,  alpha = -w r gw / M,  beta = hw - w r p / M.
+    dX/dx = r P(e) - w S r^2 x^ / M,    e = dX/dx^ = beta g - alpha hx,  alpha = w r gw / M,  beta = hw - w r p / M.
     """
 
     @staticmethod
@@ -240,14 +256,17 @@ class BatchNormBackward(torch.autograd.Function):
         g, x, w, mean, r, gw, gb = ctx.saved_tensors
         M, each = x.numel() / len(w), (-1, *[1] * (x.dim() - 2))          # each: one value a channel
         T, p, s = _batch_norm_gradients(hx, x, w, mean, r)
-        T.addcmul_(x, (hw * r).view(each)).add_((hb - hw * r * mean).view(each))
-        _, q, _ = _batch_norm_gradients(hx, g, w, torch.zeros_like(mean), torch.ones_like(r), [False, True, False])
-        S = q - (s * gb + p * gw) / M
-        alpha, beta = -w * r * gw / M, hw - w * r * p / M
-        slope = -r * r * (alpha * p + beta * gw + w * r * S) / M          # of x in dX/dx
-        constant = -r * (alpha * s + beta * gb) / M - slope * mean
-        dx = torch.addcmul(constant.view(each), hx, (r * alpha).view(each))
-        dx.addcmul_(g, (r * beta).view(each)).addcmul_(x, slope.view(each))
+        _, q, _ = _batch_norm_gradients(hx, g, w, torch.zeros_like(r), torch.ones_like(r), [False, True, False])   # <hx, g>
+        wr, hr = w * r, hw * r
+        T.addcmul_(x, hr.view(each)).add_(torch.addcmul(hb, hr, mean, value=-1).view(each))
+
+        p_, s_, gw_, gb_ = torch.stack([p, s, gw, gb]) / M
+        S = q - s * gb_ - p * gw_
+        alpha, beta = wr * gw_, hw - wr * p_
+        mean_e, mean_ex = beta * gb_ - alpha * s_, beta * gw_ - alpha * p_
+        slope = r * r * (mean_ex + wr * S / M)                            # of -x in dX/dx
+        dx = torch.addcmul((slope * mean - r * mean_e).view(each), hx, (r * alpha).view(each), value=-1)
+        dx.addcmul_(g, (r * beta).view(each)).addcmul_(x, slope.view(each), value=-1)
         return T, dx, r * S, None, None
 
 

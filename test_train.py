@@ -291,8 +291,8 @@ def test_outputs(run, tmp_path, capsys, images):
         assert round(100 * hits.item() / 18, 2) == log[-1]["test_top1"][a - 1]
 
 
-def test_operations_of_an_ordinary_step(images):
-    """Forward, backward and optimizer of resnet32 x 2, views aside: no change lets them creep up."""
+def test_operations_of_a_step(images):
+    """Ordinary step with its optimizer, and meta step, of resnet32 x 2, views aside: no change lets them creep up."""
     args = train.parse_arguments(["--arch", "resnet32", "--device", "cpu", "--out-dir", "unused"])
     run = train.Run(args, data.load("folder", images, 16), signals=None)
     run.begin(0.1)
@@ -301,6 +301,9 @@ def test_operations_of_an_ordinary_step(images):
     with train.CountOperations() as counter:
         train.ordinary_step(args, run, *batches[1])
     assert counter.count <= 1550
+    with train.CountOperations() as counter:
+        train.matching_step(args, run, *batches[1])
+    assert counter.count <= 31000
 
 
 def test_benchmark_leaves_a_run_in_out_dir_alone(run, images, monkeypatch, capsys):
@@ -388,6 +391,20 @@ def test_resume_without_a_checkpoint_starts_afresh_and_says_so(run, capsys):
 @pytest.mark.parametrize("method", ["lmcl", "afd"])
 def test_bfloat16(run, method):
     assert math.isfinite(run("--amp", "bf16", "--method", method, epochs=1)[1]["loss"])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="CUDA graphs want a GPU"))])
+def test_compiled_steps_equal_plain_ones(run, device, monkeypatch):
+    """Meta steps between; on CUDA batches of two sizes. On the CPU the graph is traced but not compiled, which takes minutes."""
+    if device == "cpu":
+        true_compile = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda function, mode: true_compile(function, backend="aot_eager"))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    flags = ["--device", device, "--batch-size", 12 if device == "cuda" else 18, "--max-steps", 4, "--lr", 0.01]
+    plain, compiled = run(*flags, out="plain")[1:], run(*flags, "--compile", out="compiled")[1:]
+    for a, b in zip(plain, compiled, strict=True):
+        assert [b[k] for k in ("loss", "vcl", "icl", "kd")] == pytest.approx([a[k] for k in ("loss", "vcl", "icl", "kd")], rel=1e-4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -478,6 +495,31 @@ def test_user_errors_end_in_one_line(run, flags, code, words, capsys):
     error = capsys.readouterr().err.splitlines()
     assert end.value.code == code and words in error[-1] and error[-1].startswith("train.py: error: ")
     assert code == 2 or len(error) == 1                                   # argparse prints the usage first
+
+
+@pytest.mark.parametrize("error, words", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to"), "--batch-size"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "--batch-size"),
+    (torch._dynamo.exc.InternalTorchDynamoError("no compiler\nand more"), "--compile cannot be used here (no compiler): leave it out"),
+])
+def test_running_out_of_memory_or_of_a_compiler(error, words, monkeypatch, capsys):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(train, "run_command", fail)
+    with pytest.raises(SystemExit) as end:
+        train.main([])
+    message = capsys.readouterr().err
+    assert end.value.code == 1 and words in message and message.count("\n") == 1
+
+
+def test_other_errors_are_not_hidden(monkeypatch):
+    def fail(args):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(train, "run_command", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        train.main([])
 
 
 def test_a_full_disk_keeps_what_was_there(run, monkeypatch, capsys):

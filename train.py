@@ -382,19 +382,25 @@ def benchmark(args, dataset, steps=50, warm_up=5):
         rows[name] = dict(median_ms=times[len(times) // 2], min_ms=times[0], max_ms=times[-1], runs=n, peak_mib=peak / 2 ** 20)
         rows[name] = {k: round(v, 2) for k, v in rows[name].items()}
 
+    def count(name, function):
+        with CountOperations() as counter:
+            function()
+        rows[name].update(operations=counter.count)
+
     for method in dict.fromkeys(["deep-supervision", args.method]):
         settings = argparse.Namespace(**{**vars(args), "method": method})
         run = Run(settings, dataset, signals=None)
         run.begin(args.lr)
         batches = itertools.cycle(itertools.islice(data.train_batches(dataset, args.batch_size, args.seed, 0), 8))
         step = lambda: ordinary_step(settings, run, *next(batches))
-        clock(f"step, {method}", step, steps, warm_up)
-        with CountOperations() as counter:
-            step()
-        rows[f"step, {method}"].update(operations=counter.count,
-                                       images_per_second=round(1e3 * args.batch_size / rows[f"step, {method}"]["median_ms"], 1))
+        row = f"step, {method}"
+        clock(row, step, steps, warm_up)
+        count(row, step)
+        rows[row].update(images_per_second=round(1e3 * args.batch_size / rows[row]["median_ms"], 1))
     if args.method == "lmcl" and len(args.arch) > 1:
-        clock("meta step", lambda: matching_step(args, run, *next(batches)), 3, 1)
+        meta_step = lambda: matching_step(args, run, *next(batches))
+        clock("meta step", meta_step, 3, 1)
+        count("meta step", meta_step)
     clock("evaluation", lambda: evaluate(run.cohort, dataset), 3, 1)
     print(json.dumps(dict(arch=args.arch, batch_size=args.batch_size, device=device_name(args.device), amp=args.amp,
                           compile=args.compile, torch=str(torch.__version__), **rows)))
@@ -491,8 +497,8 @@ def pick_device(name):
 
 
 def device_name(device):
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if torch.device(device).type == "cuda":                  # PyTorch's default: convolutions in TF32, matrix products not
+        return torch.cuda.get_device_name(device) + (", convolutions in TF32" if torch.backends.cudnn.allow_tf32 else "")
     return f"{device} ({torch.get_num_threads()} threads)"
 
 
@@ -606,10 +612,14 @@ def main(argv=None):
     except KeyboardInterrupt:                              # in training checkpoint.Signals takes it
         print("train.py: interrupted before training began", file=sys.stderr)
         sys.exit(130)
-    except (MemoryError, RuntimeError) as error:           # torch.OutOfMemoryError is a RuntimeError; the CPU has no class
-        if type(error) is RuntimeError and "allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):   # the last: CPU
+            message = f"out of memory on {args.device}: try a smaller --batch-size or --image-size"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            message = f"--compile cannot be used here ({str(error).splitlines()[0][:120]}): leave it out"
+        else:
             raise
-        print(f"train.py: error: out of memory on {args.device}: try a smaller --batch-size or --image-size", file=sys.stderr)
+        print(f"train.py: error: {message}", file=sys.stderr)
         sys.exit(1)
 
 
