@@ -50,7 +50,8 @@ class MatchingNetwork(nn.Module):
 
 # ---------------------------------------------------------------- the exact hypergradient
 
-def hypergradient(inner_loss, outer_loss, params, meta_params, *, inner_steps, lr, momentum, weight_decay):
+def hypergradient(inner_loss, outer_loss, params, meta_params, *, inner_steps, lr, momentum, weight_decay,
+                  forward_mode=False):
     """d outer_loss(theta_{K+1}) / d phi, the total derivative through K + 1 virtual SGD steps from theta_0 = params:
 
         v_{k+1} = mu v_k + g_k(theta_k, phi) + wd theta_k,   theta_{k+1} = theta_k - eta v_{k+1},   v_0 = 0
@@ -72,8 +73,11 @@ def hypergradient(inner_loss, outer_loss, params, meta_params, *, inner_steps, l
         dL/dv_k      = mu u                    (the next b)
 
     J_k^T u and u^T dg_k/dphi are the gradients of the one scalar X = <g_k(theta_k, phi), u>, u constant.
-    For k = 0 only the part for phi is needed. Then X is also the directional derivative of the loss,
-    d/deps inner_loss(theta_0 + eps u), one forward pass with tangents instead of two backward passes.
+    For k = 0 only the part for phi is needed. X is also the directional derivative of the loss along u,
+    d/deps inner_loss(theta_0 + eps u): with forward_mode=True one forward pass with tangents instead of two
+    backward passes. That is right only where phi acts behind the last normalisation layer (PyTorch's forward
+    mode takes a batch's statistics for constants when it is differentiated again) and where the loss holds
+    things constant by .detach(), not torch.no_grad(), which lets tangents through; as in meta_step.
     (What a loss detaches is constant in both; losses.Towards shows how a constant can still be seen to
     move from one step to the next.)
 
@@ -100,7 +104,7 @@ def hypergradient(inner_loss, outer_loss, params, meta_params, *, inner_steps, l
     b = torch.zeros_like(a)
     for k in reversed(range(len(steps))):
         u = b - lr * a
-        if k == 0:
+        if k == 0 and forward_mode:
             part = _mixed_product(steps[k], path[k], u, meta_params)
         else:
             Ju, *part = _second_order_products(steps[k], path[k], u, meta_params)
@@ -128,7 +132,7 @@ def _mixed_product(loss, theta, u, meta_params):
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")   # PyTorch's own forward mode uses it
         with CheapSecondDerivatives():
             X = forward_ad.unpack_dual(loss(forward_ad.make_dual(theta, u))).tangent
-        return _grad(X, meta_params)
+    return _grad(X, meta_params)
 
 
 def _grad(scalar, inputs, create_graph=False):
@@ -140,24 +144,26 @@ def _grad(scalar, inputs, create_graph=False):
 
 # ---------------------------------------------------------------- second derivatives of the two layers that cost
 #
-# PyTorch differentiates the backward pass of batch normalisation by some twenty passes over the map, and that of a
-# convolution's weight by a convolution whose kernel is as large as the map. Below is the same in five passes and four
-# ordinary convolutions. For y = f(x, w) the backward pass gives gx, gw from g. With hx, hw the gradient that arrives for them,
+# PyTorch differentiates the backward pass of batch normalisation by dozens of operations on the map, and that of a
+# convolution's weight by a convolution whose kernel is as large as the map. Below is the same in seven operations on the map
+# and in four ordinary convolutions. For y = f(x, w) the backward pass gives gx, gw from g. With hx, hw the gradient that arrives for them,
 #
 #     X = <hx, gx> + <hw, gw> = <g, T>,    T = the derivative of f in the direction (hx, hw),
 #
 # so X's gradient for g is T, and for x and w it is what a backward pass of T gives.
 
 class CheapSecondDerivatives(TorchFunctionMode):
-    """Within it 2-d convolutions and training-mode batch normalisations are those below; all else is PyTorch's."""
+    """Within it nn.Conv2d with numeric padding and affine nn.BatchNorm without running averages use the functions
+    below; all else is PyTorch's. Not for use under autocast."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.conv2d and len(args) == 7 and not isinstance(args[4], str):         # as nn.Conv2d calls it
+        if func is F.conv2d and len(args) == 7 and isinstance(args[4], tuple) and args[0].dim() == 4:   # nn.Conv2d's call
             x, w, bias, *geometry = args
             y = Convolution.apply(x, w, *geometry)
             return y if bias is None else y + bias[:, None, None]
-        if func is F.batch_norm and args[1] is None and kwargs["weight"] is not None:    # as nn.BatchNorm calls it
+        if (func is F.batch_norm and args[1] is None and kwargs["training"]
+                and kwargs["weight"] is not None and kwargs["bias"] is not None):
             return BatchNorm.apply(args[0], kwargs["weight"], kwargs["bias"], kwargs["eps"])
         return func(*args, **kwargs)
 
@@ -183,7 +189,7 @@ class Convolution(torch.autograd.Function):
 
 
 class ConvolutionBackward(torch.autograd.Function):
-    """T = conv(hx, w) + conv(x, hw)."""
+    """gx, gw from g. T = conv(hx, w) + conv(x, hw); dX/dx = gx of (g, hw), dX/dw = gw of (g, hx)."""
 
     @staticmethod
     def forward(ctx, g, x, w, want_gx, *geometry):
@@ -235,7 +241,7 @@ class BatchNorm(torch.autograd.Function):
 
 
 class BatchNormBackward(torch.autograd.Function):
-    """With M values a channel and the projection P t = t - mean(t) - x^ mean(t x^), which is its own adjoint:
+    """gx, gw, gb from g. With M values per channel and the projection P t = t - mean(t) - x^ mean(t x^), which is its own adjoint:
 
     gx = w r P g,  gw = sum(g x^),  gb = sum(g);    T = w r P hx + hw x^ + hb.
     X = w r S + hw gw + hb gb with S = <hx, P g> = <hx, g> - (s gb + p gw) / M,  s = sum(hx), p = sum(hx x^).
@@ -302,7 +308,7 @@ def meta_step(students, matching, optimizer, images, contrast, task, *, inner_st
         held = weights.detach().requires_grad_()
         grad, = hypergradient(lambda theta: contrast(run(theta)[1], held), lambda theta: task(run(theta)[2]),
                               params, [held], inner_steps=inner_steps, lr=lr, momentum=momentum,
-                              weight_decay=weight_decay)
+                              weight_decay=weight_decay, forward_mode=True)      # lambda acts on the embeddings
     optimizer.zero_grad()
     weights.backward(grad)
     optimizer.step()

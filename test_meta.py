@@ -124,6 +124,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 @pytest.mark.parametrize("name,memory_format", [
     (name, memory_format) for name, (_, shape) in LAYERS.items()
     for memory_format in (torch.contiguous_format, torch.channels_last) if len(shape) == 4 or memory_format is torch.contiguous_format])
@@ -156,7 +157,7 @@ def test_cheap_second_derivatives_of_the_first_layer_and_of_unlike_calls():
     g = torch.Generator().manual_seed(0)
     images = torch.randn(4, 3, 5, 5, generator=g, dtype=torch.float64)
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding="same"),
-                        nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2).eval()).double()
+                        nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2).eval()).double()
     params, u = zip(*((p, torch.randn(p.shape, generator=g, dtype=torch.float64)) for p in net.parameters()))
 
     def product():
@@ -167,6 +168,29 @@ def test_cheap_second_derivatives_of_the_first_layer_and_of_unlike_calls():
         exact = product()
         with meta.CheapSecondDerivatives():
             assert distance(product(), exact) < 1e-12
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("running", [True, False])
+def test_hypergradient_where_phi_acts_before_the_layers(affine, running):
+    """phi scales the images; the losses run through convolution and batch normalisation behind it."""
+    g = torch.Generator().manual_seed(0)
+    x, t = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((4, 2, 5, 5), (4, 3, 5, 5)))
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3, affine=affine, track_running_stats=running), nn.Tanh())
+    net, phi = net.double(), torch.randn(4, generator=g, dtype=torch.float64).requires_grad_()
+    names, params = zip(*((k, p.detach()) for k, p in net.named_parameters()))
+    call = lambda p, x: torch.func.functional_call(net, dict(zip(names, p)), (x,))
+    inner = lambda p: ((call(p, x * (1 + phi[:, None, None, None].tanh())) - t) ** 2).mean()
+    outer = lambda p: ((call(p, x) - t) ** 2).mean()
+    for steps in (1, 2):
+        exact = torch.autograd.grad(unrolled(inner, outer, params, None, steps, **HYPER), [phi])
+        assert distance(meta.hypergradient(inner, outer, params, [phi], inner_steps=steps, **HYPER), exact) < 1e-10
+
+
+def test_forward_mode_gives_the_same_where_phi_acts_last():
+    inner, outer, params, phi = problem(2)
+    ours = [meta.hypergradient(inner, outer, params, phi, inner_steps=2, forward_mode=mode, **HYPER) for mode in (False, True)]
+    assert distance(*ours) < 1e-12
 
 
 def test_hypergradient_of_what_the_loss_does_not_contain_is_zero():
