@@ -60,8 +60,8 @@ def hypergradient(inner_loss, outer_loss, params, meta_params, *, inner_steps, l
     for the last, k = K.
 
     Reverse recursion. Let a and b be the derivatives of the result for theta_{k+1} and v_{k+1}, taken as
-    two separate inputs of the steps after k (A and Bv in the usual notation). But theta_{k+1} contains
-    v_{k+1} with factor -eta, so the full derivative for v_{k+1} is
+    two separate inputs of the steps after k. But theta_{k+1} contains v_{k+1} with factor -eta, so the
+    full derivative for v_{k+1} is
 
         u = b - eta a.
 
@@ -145,8 +145,9 @@ def _grad(scalar, inputs, create_graph=False):
 # ---------------------------------------------------------------- second derivatives of the two layers that cost
 #
 # PyTorch differentiates the backward pass of batch normalisation by dozens of operations on the map, and that of a
-# convolution's weight by a convolution whose kernel is as large as the map. Below is the same in seven operations on the map
-# and in four ordinary convolutions. For y = f(x, w) the backward pass gives gx, gw from g. With hx, hw the gradient that arrives for them,
+# convolution's weight by a convolution whose kernel is as large as the map. Below is the same in seven operations on
+# the map and in four ordinary convolutions. For y = f(x, w) the backward pass gives gx, gw from g. With hx, hw the
+# gradients that arrive for them,
 #
 #     X = <hx, gx> + <hw, gw> = <g, T>,    T = the derivative of f in the direction (hx, hw),
 #
@@ -185,10 +186,10 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        return *ConvolutionBackward.apply(g, *ctx.saved_tensors, ctx.needs_input_grad[0], *ctx.geometry), *[None] * 4
+        return *ConvolutionGradient.apply(g, *ctx.saved_tensors, ctx.needs_input_grad[0], *ctx.geometry), *[None] * 4
 
 
-class ConvolutionBackward(torch.autograd.Function):
+class ConvolutionGradient(torch.autograd.Function):
     """gx, gw from g. T = conv(hx, w) + conv(x, hw); dX/dx = gx of (g, hw), dX/dw = gw of (g, hx)."""
 
     @staticmethod
@@ -219,7 +220,7 @@ def _convolution_gradients(g, x, w, want_gx, want_gw, stride, padding, dilation,
 
 
 class BatchNorm(torch.autograd.Function):
-    """w x^ + b with x^ = (x - mean) r, r = 1 / sqrt(var + eps), over all axes of x but the second."""
+    """w x^ + b with x^ = (x - mean) r, r = 1 / sqrt(var + eps), over all axes of x but the second; w, b: [channels]."""
 
     @staticmethod
     def forward(ctx, x, w, b, eps):
@@ -237,11 +238,11 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        return *BatchNormBackward.apply(g, *ctx.saved_tensors), None
+        return *BatchNormGradient.apply(g, *ctx.saved_tensors), None
 
 
-class BatchNormBackward(torch.autograd.Function):
-    """gx, gw, gb from g. With M values per channel and the projection P t = t - mean(t) - x^ mean(t x^), which is its own adjoint:
+class BatchNormGradient(torch.autograd.Function):
+    """gx, gw, gb from g. With M values per channel and the projection P t = t - mean(t) - x^ mean(t x^), its own adjoint:
 
     gx = w r P g,  gw = sum(g x^),  gb = sum(g);    T = w r P hx + hw x^ + hb.
     X = w r S + hw gw + hb gb with S = <hx, P g> = <hx, g> - (s gb + p gw) / M,  s = sum(hx), p = sum(hx x^).

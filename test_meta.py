@@ -153,11 +153,14 @@ def test_cheap_second_derivatives_are_the_derivatives(name, memory_format):
 
 
 def test_cheap_second_derivatives_of_the_first_layer_and_of_unlike_calls():
-    """Images need no gradient; padding by name, evaluation mode and a batch norm without weight stay PyTorch's."""
+    """Images need no gradient; padding by name, evaluation mode, batch norms without weight or bias and single images
+    stay PyTorch's."""
     g = torch.Generator().manual_seed(0)
     images = torch.randn(4, 3, 5, 5, generator=g, dtype=torch.float64)
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding="same"),
                         nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2).eval()).double()
+    net[4].bias = None
+    single = nn.Conv2d(3, 4, 3).double()
     params, u = zip(*((p, torch.randn(p.shape, generator=g, dtype=torch.float64)) for p in net.parameters()))
 
     def product():
@@ -168,6 +171,9 @@ def test_cheap_second_derivatives_of_the_first_layer_and_of_unlike_calls():
         exact = product()
         with meta.CheapSecondDerivatives():
             assert distance(product(), exact) < 1e-12
+    expected = single(images[0])
+    with meta.CheapSecondDerivatives():
+        assert torch.equal(single(images[0]), expected)
 
 
 @pytest.mark.parametrize("affine", [True, False])
