@@ -50,6 +50,7 @@ class MatchingNetwork(nn.Module):
 
 # ---------------------------------------------------------------- the exact hypergradient
 
+@torch.enable_grad()
 def hypergradient(inner_loss, outer_loss, params, meta_params, *, inner_steps, lr, momentum, weight_decay,
                   forward_mode=False):
     """d outer_loss(theta_{K+1}) / d phi, the total derivative through K + 1 virtual SGD steps from theta_0 = params:
@@ -84,7 +85,7 @@ def hypergradient(inner_loss, outer_loss, params, meta_params, *, inner_steps, l
     Only theta_0 .. theta_K are kept, and each step is recomputed, so the memory is that of one step.
 
     inner_loss(params), outer_loss(params): take a list of tensors in the order of `params`, return a
-    scalar; they reach phi by closure. params are not changed. Returns one tensor per meta parameter,
+    scalar; they reach phi by closure. params are of one dtype and are not changed. Returns one tensor per meta parameter,
     zeros where the loss does not depend on it. Source: arXiv 2207.11518, with momentum and weight decay.
     """
     shapes, sizes = [p.shape for p in params], [p.numel() for p in params]
@@ -287,7 +288,7 @@ def _batch_norm_gradients(g, x, w, mean, r, wanted=(True, True, True)):
 def meta_step(students, matching, optimizer, images, contrast, task, *, inner_steps, lr, momentum, weight_decay):
     """One step of the meta-network's optimizer along the exact hypergradient; nothing else keeps a trace.
 
-    students(images) -> (features, embeddings, logits): the module whose parameters are theta.
+    students(images) -> (features, embeddings, logits): the module whose parameters are theta; frozen ones stay.
     contrast(embeddings, weights) -> scalar: the loss of the inner virtual steps, L_L-MCL.
     task(logits) -> scalar: the loss of the last virtual step and of the evaluation.
     lr, momentum, weight_decay: of the virtual steps. optimizer: the meta-network's own.
@@ -296,13 +297,16 @@ def meta_step(students, matching, optimizer, images, contrast, task, *, inner_st
     its values alone. So the hypergradient is taken for these values and handed on to phi by one backward.
     Batch normalisation uses the batch's statistics. Source: arXiv 2207.11518.
     """
-    names, params = zip(*students.named_parameters())
+    names, params = zip(*((name, p) for name, p in students.named_parameters() if p.requires_grad))
+
+    seeded = not (images.is_cuda and torch.cuda.is_current_stream_capturing())    # a CUDA graph cannot be
 
     def run(theta):
-        torch.manual_seed(0)                                              # a student's dropout: the same masks each time
+        if seeded:
+            torch.manual_seed(0)                                          # a student's dropout: the same masks each time
         return functional_call(students, dict(zip(names, theta)), (images,))
 
-    with batch_statistics(students), torch.random.fork_rng([images.device] if images.is_cuda else []):
+    with batch_statistics(students), torch.random.fork_rng([images.device] if images.is_cuda else [], enabled=seeded):
         with torch.no_grad():
             features, _, _ = run(params)
         weights = matching(features)                                      # [N, L, N, L, B], a function of phi

@@ -199,6 +199,13 @@ def test_forward_mode_gives_the_same_where_phi_acts_last():
     assert distance(*ours) < 1e-12
 
 
+def test_hypergradient_inside_no_grad_is_the_same():
+    inner, outer, params, phi = problem()
+    ours = meta.hypergradient(inner, outer, params, phi, inner_steps=2, **HYPER)
+    with torch.no_grad():
+        assert distance(meta.hypergradient(inner, outer, params, phi, inner_steps=2, **HYPER), ours) == 0
+
+
 def test_hypergradient_of_what_the_loss_does_not_contain_is_zero():
     inner, outer, params, phi = problem()
     stranger = torch.ones(2, dtype=torch.float64, requires_grad=True)
@@ -248,14 +255,18 @@ def meta_setting():
     return students, matching, images, contrast, task
 
 
-def test_meta_step_gradient_equals_the_definition():
-    """Features at theta_0 constant, lambda held for all virtual steps, momentum from zero, Nesterov step of phi."""
+@pytest.mark.parametrize("frozen", [(), ("bodies.0.0.weight", "bodies.1.4.bias", "heads.0.weight")])
+def test_meta_step_gradient_equals_the_definition(frozen):
+    """Features at theta_0 constant, lambda held for all virtual steps, momentum from zero, Nesterov step of phi;
+    frozen parameters stay where they are."""
     students, matching, images, contrast, task = meta_setting()
+    for name in frozen:
+        students.get_parameter(name).requires_grad_(False)
     reference, phi = copy.deepcopy(students), copy.deepcopy(matching)
     optimizer = torch.optim.SGD(matching.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     meta.meta_step(students, matching, optimizer, images, contrast, task, inner_steps=2, **HYPER)
 
-    names, params = zip(*reference.named_parameters())
+    names, params = zip(*((name, p) for name, p in reference.named_parameters() if name not in frozen))
     run = lambda p: torch.func.functional_call(reference, dict(zip(names, p)), (images,))
     weights = phi([f.detach() for f in run(params)[0]])
     final = unrolled(lambda p: contrast(run(p)[1], weights), lambda p: task(run(p)[2]), params, None, 2, **HYPER)

@@ -13,6 +13,7 @@ with everything saved; a second one ends it at once.
 """
 
 import argparse
+import functools
 import io
 import itertools
 import json
@@ -134,17 +135,18 @@ def build(args, num_classes):
 
 def train(args, dataset, run):
     """The ordinary step on every batch, the meta step on every --meta-freq-th, evaluation after every epoch."""
+    step, match = steps(args, run)
     for epoch in range(run.epoch, args.epochs):
         if 0 < args.max_steps <= run.total_steps:
             return
         lr = args.lr / 2 * (1 + math.cos(math.pi * epoch / args.epochs))
         run.begin(lr)
         for images, labels in data.train_batches(dataset, args.batch_size, args.seed, epoch, start=run.step):
-            terms, second = ordinary_step(args, run, images, labels)
+            terms, second = step(images, labels)                                      # ordinary_step
             run.count(terms, second, len(labels))
 
             if args.method == "lmcl" and len(args.arch) > 1 and run.total_steps % args.meta_freq == 0:
-                matching_step(args, run, images, labels)
+                match(images, labels)                                                 # matching_step
             if args.method == "afd" and len(args.arch) > 1:
                 judge_step(run.net["judges"], run.second_optimizer, second)
             if run.pause_after_step():
@@ -156,11 +158,11 @@ def train(args, dataset, run):
 def ordinary_step(args, run, images, labels):
     """One SGD step of all but the second optimizer's parameters. Returns the loss terms and what that one needs."""
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp == "bf16"):
-        loss, terms, second = run.objective(args, run.net, images, labels)
+        loss, terms, second = objective(args, run.net, images, labels)
     run.optimizer.zero_grad()
     loss.backward()
     run.optimizer.step()
-    return terms, second
+    return {name: term.detach() for name, term in terms.items()}, second
 
 
 def matching_step(args, run, images, labels):
@@ -169,7 +171,7 @@ def matching_step(args, run, images, labels):
         run.net["students"], run.net["matching"], run.second_optimizer, images,
         contrast=lambda z, w: weighted(args, losses.lmcl_loss(z, labels, w, args.tau, args.T)),
         task=lambda logits: losses.cross_entropy(logits, labels),
-        inner_steps=args.meta_steps, lr=run.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+        inner_steps=args.meta_steps, lr=run.rate, momentum=args.momentum, weight_decay=args.weight_decay)
 
 
 def judge_step(judges, optimizer, maps):
@@ -178,6 +180,55 @@ def judge_step(judges, optimizer, maps):
     optimizer.zero_grad()                                                             # the students' step left some
     losses.judging(judges(maps), judges(maps[1:] + maps[:1])).backward()
     optimizer.step()
+
+
+def steps(args, run):
+    """ordinary_step and matching_step as functions of images and labels; with --cuda-graph recorded and replayed."""
+    both = [functools.partial(step, args, run) for step in (ordinary_step, matching_step)]
+    if args.cuda_graph and any(isinstance(m, nn.modules.dropout._DropoutNd) for m in run.net.modules()):
+        raise UserError("--cuda-graph cannot draw a student's dropout masks again in the meta step: leave it out")
+    return [Recorded(step) for step in both] if args.cuda_graph else both
+
+
+class Recorded:
+    """A function of tensors, replayed as a CUDA graph: one launch by the host instead of one for each operation.
+
+    For inputs of each size the first three calls are made as they are, in which libraries choose algorithms and
+    optimizers make their buffers; the fourth is recorded, and it and all later ones are replayed: the same kernels
+    on the same memory. So whatever changes from call to call must be an input, or a tensor changed in
+    place, as run.rate is; and the outputs are good until the next call.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, function):
+        self.function, self.calls, self.graphs = function, {}, {}
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def __call__(self, *inputs):
+        size = len(inputs[0])
+        self.calls[size] = self.calls.get(size, 0) + 1
+        if self.calls[size] <= self.WARM_UP:               # on the stream that records: autograd stays on its stream
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if size not in self.graphs:
+            graph, inputs_here = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                    outputs = self.function(*inputs_here)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise UserError(f"--cuda-graph cannot record this step ({str(error).splitlines()[0][:120]}): leave it out") from error
+            self.graphs[size] = graph, inputs_here, outputs
+        graph, inputs_here, outputs = self.graphs[size]
+        for here, given in zip(inputs_here, inputs):
+            here.copy_(given)
+        graph.replay()
+        return outputs
 
 
 @torch.no_grad()
@@ -203,15 +254,15 @@ class Run:
     def __init__(self, args, dataset, signals):
         self.args, self.dataset, self.signals, self.out = args, dataset, signals, Path(args.out_dir)
         self.net, self.cohort = build(args, len(dataset.classes))
-        self.objective = torch.compile(objective, mode="reduce-overhead") if args.compile else objective
-        sgd = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=True)
+        sgd = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=True, fused=True)
         self.second_optimizer = None                       # of the meta-network, or of afd's discriminators
         if args.method == "lmcl":
             self.second_optimizer = torch.optim.SGD(self.net["matching"].parameters(), **sgd)
         elif args.method == "afd":
             self.second_optimizer = torch.optim.Adam(self.net["judges"].discriminators.parameters(), lr=2e-4, betas=(0.5, 0.999))
         others = {p for group in self.second_optimizer.param_groups for p in group["params"]} if self.second_optimizer else set()
-        self.optimizer = torch.optim.SGD([p for p in self.net.parameters() if p not in others], fused=True, **sgd)
+        self.optimizer = torch.optim.SGD([p for p in self.net.parameters() if p not in others], **sgd)
+        self.rate = torch.tensor(args.lr, device=args.device) if args.cuda_graph else args.lr   # what the steps use
         self.epoch = self.step = self.total_steps = 0      # the next epoch, the next step in it, steps done in all
         self.steps_per_epoch = len(dataset.train_labels) // args.batch_size
         self.best = -1.0                                   # best mean top-1 over epochs
@@ -227,10 +278,11 @@ class Run:
     def begin(self, lr):
         self.net.train()
         self.lr, self.clock = lr, time.perf_counter()
+        self.rate = self.rate.fill_(lr) if self.args.cuda_graph else lr
         for optimizer in (self.optimizer, self.second_optimizer):
             if isinstance(optimizer, torch.optim.SGD):
                 for group in optimizer.param_groups:
-                    group["lr"] = lr
+                    group["lr"] = self.rate
 
     def count(self, terms, second, images):
         """Add a step to the epoch's sums, on the device: the host does not wait.
@@ -238,7 +290,7 @@ class Run:
         From the first step that is not finite on, the sums stand still and `healthy` counts no further.
         """
         self.step, self.total_steps, self.images = self.step + 1, self.total_steps + 1, self.images + images
-        values = torch.stack([v.detach() for v in terms.values()])
+        values = torch.stack(list(terms.values()))
         before = self.sums.get("values", torch.zeros_like(values))
         well = before.isfinite().all()
         self.sums = {"names": list(terms), "values": torch.where(well, before + values, before)}
@@ -364,7 +416,7 @@ class CountOperations(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def benchmark(args, dataset, steps=50, warm_up=5):
+def benchmark(args, dataset, runs=50, warm_up=5):
     """Milliseconds (median, min, max) of an ordinary step by cross-entropy alone and by --method, of a meta step and of an
     evaluation; operations of a step; peak memory so far. One JSON line and a table."""
     cuda, rows = torch.device(args.device).type == "cuda", {}
@@ -391,19 +443,19 @@ def benchmark(args, dataset, steps=50, warm_up=5):
         settings = argparse.Namespace(**{**vars(args), "method": method})
         run = Run(settings, dataset, signals=None)
         run.begin(args.lr)
-        batches = itertools.cycle(itertools.islice(data.train_batches(dataset, args.batch_size, args.seed, 0), 8))
-        step = lambda: ordinary_step(settings, run, *next(batches))
+        some = list(itertools.islice(data.train_batches(dataset, args.batch_size, args.seed, 0), 8))
+        batches = itertools.cycle([batch for batch in some if len(batch[1]) == len(some[0][1])])      # of one size
+        step, match = steps(settings, run)
         row = f"step, {method}"
-        clock(row, step, steps, warm_up)
-        count(row, step)
+        clock(row, lambda: step(*next(batches)), runs, warm_up)
+        count(row, lambda: ordinary_step(settings, run, *next(batches)))
         rows[row].update(images_per_second=round(1e3 * args.batch_size / rows[row]["median_ms"], 1))
     if args.method == "lmcl" and len(args.arch) > 1:
-        meta_step = lambda: matching_step(args, run, *next(batches))
-        clock("meta step", meta_step, 3, 1)
-        count("meta step", meta_step)
+        clock("meta step", lambda: match(*next(batches)), 3, Recorded.WARM_UP + 1 if args.cuda_graph else 1)
+        count("meta step", lambda: matching_step(args, run, *next(batches)))
     clock("evaluation", lambda: evaluate(run.cohort, dataset), 3, 1)
     print(json.dumps(dict(arch=args.arch, batch_size=args.batch_size, device=device_name(args.device), amp=args.amp,
-                          compile=args.compile, torch=str(torch.__version__), **rows)))
+                          cuda_graph=args.cuda_graph, torch=str(torch.__version__), **rows)))
     for name, row in rows.items():
         print(f"{name:24}" + "  ".join(f"{k} {v}" for k, v in row.items()))
 
@@ -449,7 +501,7 @@ def parse_arguments(argv=None):
     g.add_argument("--save-every", type=float, default=0, metavar="MINUTES", help="save inside epochs too; 0: after each (0)")
     g.add_argument("--amp", choices=["no", "bf16"], default="no", help="bf16: convolutions and linear maps in bfloat16; "
                    "losses and the meta step stay in float32 (no)")
-    g.add_argument("--compile", action="store_true", help="torch.compile the objective; on CUDA it replays CUDA graphs")
+    g.add_argument("--cuda-graph", action="store_true", help="record the ordinary and the meta step as CUDA graphs and replay them")
     g.add_argument("--benchmark", action="store_true", help="time 50 steps with and without the contrastive losses, the "
                    "meta step and the evaluation, print them, and end")
     g.add_argument("--deterministic", action="store_true", help="bit-equal runs on CUDA too, slower (always so on the CPU)")
@@ -524,6 +576,10 @@ def report(args, dataset, run):
 
 def run_command(args):
     args.device = pick_device(args.device)
+    if args.cuda_graph:
+        if torch.device(args.device).type != "cuda":
+            raise UserError(f"--cuda-graph wants a CUDA device, and this is {args.device}: leave it out")
+        torch.cuda.set_device(torch.device(args.device).index or 0)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -573,11 +629,11 @@ def run_command(args):
 
 def compare_arguments(args, saved, path):
     """Resuming goes on with the same run; only where it runs and how long this part lasts may differ."""
-    free = {"device", "data_dir", "out_dir", "max_steps", "save_every", "resume", "evaluate", "benchmark"}
-    other = [k for k in saved if k not in free and vars(args).get(k) != saved[k]]
+    free = {"device", "data_dir", "out_dir", "max_steps", "save_every", "resume", "evaluate", "benchmark", "cuda_graph"}
+    other = [k for k in saved if k in vars(args) and k not in free and vars(args)[k] != saved[k]]
     if other:
         raise UserError(f"{path} was made with other arguments: " + ", ".join(
-            f"--{k.replace('_', '-')} {shown(saved[k])} (now {shown(vars(args).get(k))})" for k in other)
+            f"--{k.replace('_', '-')} {shown(saved[k])} (now {shown(vars(args)[k])})" for k in other)
             + "; give the same ones, or another --out-dir"
             + (" (another --epochs would be another learning-rate schedule)" if "epochs" in other else ""))
 
@@ -613,13 +669,9 @@ def main(argv=None):
         print("train.py: interrupted before training began", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):   # the last: CPU
-            message = f"out of memory on {args.device}: try a smaller --batch-size or --image-size"
-        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            message = f"--compile cannot be used here ({str(error).splitlines()[0][:120]}): leave it out"
-        else:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):   # the last: CPU
             raise
-        print(f"train.py: error: {message}", file=sys.stderr)
+        print(f"train.py: error: out of memory on {args.device}: try a smaller --batch-size or --image-size", file=sys.stderr)
         sys.exit(1)
 
 
