@@ -20,7 +20,7 @@ from contextlib import redirect_stdout
 from http.client import HTTPException
 from math import tau
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 from urllib.error import URLError
 
 import numpy as np
@@ -352,13 +352,30 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (images - 255 * mean.view(3, 1, 1)) / (255 * std.view(3, 1, 1))
 
 
-def train_batches(data: Dataset, batch_size: int, seed: int, epoch: int,
-                  start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented images float32 [b, 3, H, W] and labels int64 [b] of one epoch, from step `start` on."""
-    pad = data.train_images.shape[1] // 8
+def drawing(data: Dataset) -> Callable:
+    """The function from the four tensors of a `Batch` to its augmented images float32 [b, 3, H, W] and labels int64 [b]."""
     mean, std = torch.tensor([data.mean, data.std], device=data.train_images.device)
-    for batch in epoch_plan(data.train_labels, batch_size, pad, seed, epoch)[start:]:
-        yield normalise(augment(data.train_images, batch, pad), mean, std), data.train_labels[batch.index]
+
+    def draw(*batch: Tensor) -> tuple[Tensor, Tensor]:
+        batch = Batch(*batch)
+        return normalise(augment(data.train_images, batch, _pad(data)), mean, std), data.train_labels[batch.index]
+
+    return draw
+
+
+def train_batches(data: Dataset, batch_size: int, seed: int, epoch: int, start: int = 0,
+                  draw: Callable | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Augmented images float32 [b, 3, H, W] and labels int64 [b] of one epoch, from step `start` on.
+
+    draw: what `drawing(data)` returned, if it is at hand, or a recording of it.
+    """
+    draw = draw or drawing(data)
+    for batch in epoch_plan(data.train_labels, batch_size, _pad(data), seed, epoch)[start:]:
+        yield draw(*batch)
+
+
+def _pad(data: Dataset) -> int:
+    return data.train_images.shape[1] // 8
 
 
 def test_batches(data: Dataset, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:

@@ -135,13 +135,13 @@ def build(args, num_classes):
 
 def train(args, dataset, run):
     """The ordinary step on every batch, the meta step on every --meta-freq-th, evaluation after every epoch."""
-    step, match = steps(args, run)
+    draw, step, match = steps(args, dataset, run)
     for epoch in range(run.epoch, args.epochs):
         if 0 < args.max_steps <= run.total_steps:
             return
         lr = args.lr / 2 * (1 + math.cos(math.pi * epoch / args.epochs))
         run.begin(lr)
-        for images, labels in data.train_batches(dataset, args.batch_size, args.seed, epoch, start=run.step):
+        for images, labels in data.train_batches(dataset, args.batch_size, args.seed, epoch, run.step, draw):
             terms, second = step(images, labels)                                      # ordinary_step
             run.count(terms, second, len(labels))
 
@@ -182,12 +182,12 @@ def judge_step(judges, optimizer, maps):
     optimizer.step()
 
 
-def steps(args, run):
-    """ordinary_step and matching_step as functions of images and labels; with --cuda-graph recorded and replayed."""
-    both = [functools.partial(step, args, run) for step in (ordinary_step, matching_step)]
+def steps(args, dataset, run):
+    """Augmentation, ordinary_step and matching_step as functions of tensors alone; with --cuda-graph recorded and replayed."""
+    functions = [data.drawing(dataset), *(functools.partial(step, args, run) for step in (ordinary_step, matching_step))]
     if args.cuda_graph and any(isinstance(m, nn.modules.dropout._DropoutNd) for m in run.net.modules()):
         raise UserError("--cuda-graph cannot draw a student's dropout masks again in the meta step: leave it out")
-    return [Recorded(step) for step in both] if args.cuda_graph else both
+    return [Recorded(function) for function in functions] if args.cuda_graph else functions
 
 
 class Recorded:
@@ -445,7 +445,7 @@ def benchmark(args, dataset, runs=50, warm_up=5):
         run.begin(args.lr)
         some = list(itertools.islice(data.train_batches(dataset, args.batch_size, args.seed, 0), 8))
         batches = itertools.cycle([batch for batch in some if len(batch[1]) == len(some[0][1])])      # of one size
-        step, match = steps(settings, run)
+        _, step, match = steps(settings, dataset, run)
         row = f"step, {method}"
         clock(row, lambda: step(*next(batches)), runs, warm_up)
         count(row, lambda: ordinary_step(settings, run, *next(batches)))
