@@ -30,21 +30,21 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-DATASETS = ('cifar100', 'cifar10', 'folder', 'synthetic')
+DATASETS = ("cifar100", "cifar10", "folder", "synthetic")
 CIFAR = {  # torchvision's class, mean, std of the training images as published
-    'cifar100': (datasets.CIFAR100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    'cifar10': (datasets.CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": (datasets.CIFAR100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "cifar10": (datasets.CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
 }
 NETWORK_ERRORS = (URLError, ConnectionError, TimeoutError, HTTPException)
-SHAPES = ('disc', 'square', 'triangle', 'ring', 'cross')
-TEXTURES = ('shaded', 'striped', 'checked', 'dotted')
+SHAPES = ("disc", "square", "triangle", "ring", "cross")
+TEXTURES = ("shaded", "striped", "checked", "dotted")
 
 
 class DataError(Exception):
     """A problem with a data set that the user can mend; the message is one line that says where and how."""
 
     def __init__(self, message: str):
-        super().__init__(' '.join(message.split()))
+        super().__init__(" ".join(message.split()))
 
 
 class Dataset(NamedTuple):
@@ -59,13 +59,13 @@ class Dataset(NamedTuple):
     mean: tuple[float, float, float]  # of the training images, per channel, in units of [0, 1]
     std: tuple[float, float, float]
 
-    def to(self, device: torch.device | str) -> 'Dataset':
+    def to(self, device: torch.device | str) -> "Dataset":
         """The same data set with its four tensors on `device`."""
-        tensors = ('train_images', 'train_labels', 'test_images', 'test_labels')
+        tensors = ("train_images", "train_labels", "test_images", "test_labels")
         return self._replace(**{name: getattr(self, name).to(device) for name in tensors})
 
 
-def load(name: str, data_dir: str | Path = 'data', image_size: int = 32) -> Dataset:
+def load(name: str, data_dir: str | Path = "data", image_size: int = 32) -> Dataset:
     """Data set `name`, one of DATASETS, on the CPU. Raises DataError for anything the user can mend.
 
     cifar100, cifar10  downloaded into data_dir by torchvision, unless there already
@@ -75,16 +75,16 @@ def load(name: str, data_dir: str | Path = 'data', image_size: int = 32) -> Data
     data_dir = Path(data_dir).expanduser()
     if name in CIFAR:
         if image_size != 32:
-            raise DataError(f'--dataset {name} has images of 32 pixels, not {image_size}: use --dataset folder')
+            raise DataError(f"--dataset {name} has images of 32 pixels, not {image_size}: use --dataset folder")
         return _load_cifar(name, data_dir)
-    if name == 'folder':
+    if name == "folder":
         return _load_folder(data_dir, image_size)
-    if name == 'synthetic':
+    if name == "synthetic":
         return _draw_synthetic(image_size)
     raise DataError(f'--dataset {name}: unknown, choose from {", ".join(DATASETS)}')
 
 
-# ---------------------------------------------------------------------------------------------------- CIFAR
+# ---------------------------------------------------------------- CIFAR
 
 def _load_cifar(name: str, data_dir: Path) -> Dataset:
     """torchvision compares MD5 sums of the archive before unpacking and of every file before unpickling it."""
@@ -96,16 +96,16 @@ def _load_cifar(name: str, data_dir: Path) -> Dataset:
         with redirect_stdout(sys.stderr):  # stdout belongs to the training log
             train, test = (cifar(data_dir, train=split, download=True) for split in (True, False))
     except NETWORK_ERRORS as error:
-        damaged = f' and the {archive} found there is damaged (wrong MD5)' if os.path.exists(archive) else ''
-        raise DataError(f'--dataset {name}: cannot download {cifar.url} ({error}){damaged}; either fetch that file '
-                        f'yourself and put it at {archive}, or use --dataset folder --data-dir DIR (DIR/train/CLASS/*, '
-                        'DIR/test/CLASS/*), or --dataset synthetic') from error
+        damaged = f" and the {archive} found there is damaged (wrong MD5)" if os.path.exists(archive) else ""
+        raise DataError(f"--dataset {name}: cannot download {cifar.url} ({error}){damaged}; either fetch that file "
+                        f"yourself and put it at {archive}, or use --dataset folder --data-dir DIR (DIR/train/CLASS/*, "
+                        "DIR/test/CLASS/*), or --dataset synthetic") from error
     except OSError as error:  # not a folder, read-only, disk full, no permission
-        raise DataError(f'--data-dir {data_dir}: cannot hold {name} ({error}); choose another folder, one that can '
-                        'be written to, with 400 MB free') from error
+        raise DataError(f"--data-dir {data_dir}: cannot hold {name} ({error}); choose another folder, one that can "
+                        "be written to, with 400 MB free") from error
     except RuntimeError as error:  # torchvision's word for a wrong MD5
-        raise DataError(f'--dataset {name}: {archive}, or what was unpacked from it, is damaged (wrong MD5); '
-                        'delete both and run again') from error
+        raise DataError(f"--dataset {name}: {archive}, or what was unpacked from it, is damaged (wrong MD5); "
+                        "delete both and run again") from error
     finally:
         socket.setdefaulttimeout(timeout)
     tensors = []
@@ -114,17 +114,17 @@ def _load_cifar(name: str, data_dir: Path) -> Dataset:
     return Dataset(name, *tensors, list(train.classes), mean, std)
 
 
-# --------------------------------------------------------------------------------------- a folder of images
+# ---------------------------------------------------------------- a folder of images
 
 def _load_folder(data_dir: Path, size: int) -> Dataset:
     """Decoded into one uint8 tensor a split: 0.15 GB for 50,000 images of 32 pixels, 7.5 GB of 224."""
-    train, test = data_dir / 'train', data_dir / 'test'
+    train, test = data_dir / "train", data_dir / "test"
     if not os.path.isdir(test):  # Path.is_dir raises where a parent folder denies access
-        test = data_dir / 'val'
-    for folder, title in ((data_dir, data_dir), (train, train), (test, f'{data_dir}/test or val')):
+        test = data_dir / "val"
+    for folder, title in ((data_dir, data_dir), (train, train), (test, f"{data_dir}/test or val")):
         if not os.path.isdir(folder):
-            raise DataError(f'--data-dir {data_dir}: no folder {title} that can be read; '
-                            f'expected {data_dir}/train/CLASS/* and {data_dir}/test/CLASS/* (or val)')
+            raise DataError(f"--data-dir {data_dir}: no folder {title} that can be read; "
+                            f"expected {data_dir}/train/CLASS/* and {data_dir}/test/CLASS/* (or val)")
     classes, train_files = _scan(train)
     test_classes, test_files = _scan(test)
     if classes != test_classes:
@@ -133,7 +133,7 @@ def _load_folder(data_dir: Path, size: int) -> Dataset:
         raise DataError(f'--data-dir {data_dir}: the classes differ, {"; ".join(parts)}')
     images, test_images = _decode(train_files, size), _decode(test_files, size)
     labels, test_labels = (torch.tensor([c for _, c in files]) for files in (train_files, test_files))
-    return Dataset('folder', images, labels, test_images, test_labels, classes, *_mean_std(images))
+    return Dataset("folder", images, labels, test_images, test_labels, classes, *_mean_std(images))
 
 
 def _scan(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
@@ -142,11 +142,11 @@ def _scan(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
         classes, number = find_classes(folder)
         files = make_dataset(folder, number, IMG_EXTENSIONS, allow_empty=True)
     except FileNotFoundError:
-        raise DataError(f'{folder} has no class folders; expected {folder}/CLASS/*') from None
+        raise DataError(f"{folder} has no class folders; expected {folder}/CLASS/*") from None
     except OSError as error:
-        raise DataError(f'cannot list {folder}: {error}') from error
+        raise DataError(f"cannot list {folder}: {error}") from error
     if len(classes) < 2:
-        raise DataError(f'{folder} has one class only ({classes[0]}); at least two are needed')
+        raise DataError(f"{folder} has one class only ({classes[0]}); at least two are needed")
     empty = sorted(set(classes) - {classes[c] for _, c in files})
     if empty:
         raise DataError(f'{folder}: no image that can be read in class {", ".join(empty)}; '
@@ -167,7 +167,7 @@ def _decode(files: list[tuple[str, int]], size: int) -> Tensor:
                     image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
                 images[i] = np.asarray(image)
         except Exception as error:  # Pillow raises many kinds for broken files
-            raise DataError(f'cannot read image {path} ({error}); mend or remove it') from error
+            raise DataError(f"cannot read image {path} ({error}); mend or remove it") from error
 
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(decode, range(len(files))):
@@ -177,12 +177,12 @@ def _decode(files: list[tuple[str, int]], size: int) -> Tensor:
 
 def _rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode to RGB: 16-bit gray is scaled, where Pillow would clip it; transparent parts become white."""
-    if image.mode == 'I' or image.mode.startswith('I;16'):
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert('RGB')
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        image = image.convert('RGBA')
-        return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
-    return image.convert('RGB')
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
 def _mean_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -198,16 +198,16 @@ def _mean_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
 
 
-# ------------------------------------------------------------------------------------------- drawn images
+# ---------------------------------------------------------------- drawn images
 
 def _draw_synthetic(size: int) -> Dataset:
     """The 20 classes are SHAPES x TEXTURES; every draw comes from a generator of its own with a fixed seed."""
     generator = torch.Generator().manual_seed(20)
-    classes = [f'{texture} {shape}' for shape in SHAPES for texture in TEXTURES]
+    classes = [f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES]
     train_labels, test_labels = (torch.arange(count) % len(classes) for count in (10_000, 2_000))
     train_images, test_images = (torch.cat([_draw(chunk, size, generator) for chunk in labels.split(500)])
                                  for labels in (train_labels, test_labels))
-    return Dataset('synthetic', train_images, train_labels, test_images, test_labels, classes, *_mean_std(train_images))
+    return Dataset("synthetic", train_images, train_labels, test_images, test_labels, classes, *_mean_std(train_images))
 
 
 def _draw(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -257,7 +257,7 @@ def _draw(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
     return (image.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()  # [b, size, size, 3]
 
 
-# ------------------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------- batches
 
 class Batch(NamedTuple):
     """Which images make a batch, and how each is cropped and flipped."""
@@ -283,10 +283,10 @@ def epoch_plan(labels: Tensor, batch_size: int, pad: int, seed: int, epoch: int)
     """
     n = len(labels)
     if batch_size % 2 or not 2 <= batch_size <= n:
-        raise ValueError(f'batch size {batch_size} must be even, at least 2 and at most the {n} training images')
+        raise ValueError(f"batch size {batch_size} must be even, at least 2 and at most the {n} training images")
     steps = n // batch_size
-    digest = hashlib.sha256(f'{seed},{epoch}'.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], 'big'))
+    digest = hashlib.sha256(f"{seed},{epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
     device, labels = labels.device, labels.cpu()
 
     # Pairs: group by class in random order, cut each group in twos, join what is left over.
