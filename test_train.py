@@ -1,6 +1,7 @@
 """train.py: the objective against its formula, the loop's schedule, resuming, outputs, and what users do wrong."""
 
 import ast
+import copy
 import json
 import math
 import os
@@ -242,6 +243,20 @@ def test_hypergradient_of_the_contrastive_losses_by_finite_differences(steps):
             weights.data[place] += shift
             ends.append(final_loss())
         assert ours[place].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6, abs=1e-9)
+
+
+def test_fused_optimizer_steps_as_the_plain_one():
+    """PyTorch's fused SGD on the CPU takes a gradient whose strides are not the parameter's for one whose are, silently."""
+    args, net, x, y = make("lmcl", arch=["resnet8", "wrn_10_1", "shufflenetv2_0.5", "hcgnet_a1"])
+    twin = copy.deepcopy(net)
+    for model, kind in ((net, {"fused": True}), (twin, {"foreach": False})):
+        sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4, **kind)
+        for _ in range(2):
+            sgd.zero_grad()
+            train.objective(args, model, x, y)[0].backward()
+            sgd.step()
+    for (name, p), q in zip(net.named_parameters(), twin.parameters()):
+        assert (p - q).norm() <= 1e-3 * q.norm() + 1e-6, name
 
 
 # ---------------------------------------------------------------- the loop
