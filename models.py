@@ -406,7 +406,12 @@ class Judges(nn.Module):
 
     def align(self, maps):
         """N maps [B, c_a, h_a, w_a] -> N maps [B, c, size, size]."""
-        return [t(F.adaptive_avg_pool2d(m, self.size)) for t, m in zip(self.transfer, maps)]
+        return [t(self.shrink(m)) for t, m in zip(self.transfer, maps)]
+
+    def shrink(self, m):
+        """[B, c, h, w] -> [B, c, size, size]; plain pooling where it divides, since CUDA's adaptive one is not deterministic."""
+        factor, rest = divmod(m.shape[-1], self.size)
+        return F.adaptive_avg_pool2d(m, self.size) if rest else m if factor == 1 else F.avg_pool2d(m, factor)
 
     def forward(self, maps):
         """N aligned maps -> scores [N, B], each map before the discriminator of the same place."""

@@ -106,11 +106,12 @@ def objective(args, net, images, labels):
         terms["kd"] = losses.mutual_distillation(logits[:, -1], T=1.0)
         loss = loss + terms["kd"]
     elif args.method == "afd":
-        second = net["judges"].align(maps)                                            # N x [B, c, h, w]
+        aligned = net["judges"].align(maps)                                           # N x [B, c, h, w]
+        second = [m.detach().float() for m in aligned]
         terms["kd"] = losses.mutual_distillation(logits[:, -1], args.T)
         loss = loss + terms["kd"]
         if len(args.arch) > 1:
-            terms["fooling"] = losses.fooling(net["judges"](second))
+            terms["fooling"] = losses.fooling(net["judges"](aligned))
             loss = loss + args.weight_fooling * terms["fooling"]
     if args.method in ("lmcl", "mcl") and len(args.arch) > 1:
         terms["mi_bound"] = losses.mutual_information_bound(embeddings[:, -1], labels, args.tau)
@@ -159,7 +160,7 @@ def ordinary_step(args, run, images, labels):
     """One SGD step of all but the second optimizer's parameters. Returns the loss terms and what that one needs."""
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp == "bf16"):
         loss, terms, second = objective(args, run.net, images, labels)
-    run.optimizer.zero_grad()
+    run.net.zero_grad()                                                               # the discriminators' too: see Recorded
     loss.backward()
     run.optimizer.step()
     return {name: term.detach() for name, term in terms.items()}, second
@@ -176,7 +177,6 @@ def matching_step(args, run, images, labels):
 
 def judge_step(judges, optimizer, maps):
     """afd: the discriminators learn to tell each student's map from the next one's; the maps are constant."""
-    maps = [m.detach().float() for m in maps]
     optimizer.zero_grad()                                                             # the students' step left some
     losses.judging(judges(maps), judges(maps[1:] + maps[:1])).backward()
     optimizer.step()
@@ -196,7 +196,8 @@ class Recorded:
     For inputs of each size the first three calls are made as they are, in which libraries choose algorithms and
     optimizers make their buffers; the fourth is recorded, and it and all later ones are replayed: the same kernels
     on the same memory. So whatever changes from call to call must be an input, or a tensor changed in
-    place, as run.rate is; and the outputs are good until the next call.
+    place, as run.rate is; nothing else made outside may be used, since it may be freed; and the outputs are good
+    until the next call, of whatever size. Graphs of several sizes share their memory: each writes before it reads.
     """
 
     WARM_UP = 3
@@ -219,10 +220,11 @@ class Recorded:
             try:
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                     outputs = self.function(*inputs_here)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                raise UserError(f"--cuda-graph cannot record this step ({str(error).splitlines()[0][:120]}): leave it out") from error
+            except RuntimeError as error:                  # where leaving the recording fails in turn, the first one counts
+                error = error.__context__ or error
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise error
+                raise UserError(f"--cuda-graph cannot record this step ({str(error).splitlines()[0][:120]}): leave it out")
             self.graphs[size] = graph, inputs_here, outputs
         graph, inputs_here, outputs = self.graphs[size]
         for here, given in zip(inputs_here, inputs):
@@ -429,7 +431,8 @@ def benchmark(args, dataset, runs=50, warm_up=5):
             if cuda:
                 torch.cuda.synchronize(args.device)
             times.append(1e3 * (time.perf_counter() - start))
-        times, peak = sorted(times[skip:]), torch.cuda.max_memory_allocated(args.device) if cuda else \
+        allocated = torch.cuda.max_memory_reserved if args.cuda_graph else torch.cuda.max_memory_allocated   # graphs' pools
+        times, peak = sorted(times[skip:]), allocated(args.device) if cuda else \
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) if resource else 0
         rows[name] = dict(median_ms=times[len(times) // 2], min_ms=times[0], max_ms=times[-1], runs=n, peak_mib=peak / 2 ** 20)
         rows[name] = {k: round(v, 2) for k, v in rows[name].items()}
@@ -669,9 +672,13 @@ def main(argv=None):
         print("train.py: interrupted before training began", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):   # the last: CPU
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):   # the last: CPU
+            message = f"out of memory on {args.device}: try a smaller --batch-size or --image-size"
+        elif "does not have a deterministic implementation" in str(error):
+            message = f"--deterministic cannot be had here ({str(error).split(',')[0][:120]}): leave it out"
+        else:
             raise
-        print(f"train.py: error: out of memory on {args.device}: try a smaller --batch-size or --image-size", file=sys.stderr)
+        print(f"train.py: error: {message}", file=sys.stderr)
         sys.exit(1)
 
 
