@@ -1,4 +1,4 @@
-"""Mutual contrastive losses: VCL, ICL, Soft VCL, Soft ICL, their sums MCL and L-MCL, and logit distillation.
+"""Mutual contrastive losses: VCL, ICL, Soft VCL, Soft ICL, their sums MCL and L-MCL; and losses on logits and maps.
 
 Yang et al., "Online Knowledge Distillation via Mutual Contrastive Learning for Visual Recognition"
 (TPAMI 2023, arXiv 2207.11518: L-MCL) and "Mutual Contrastive Learning for Visual Representation
@@ -7,24 +7,28 @@ Learning" (AAAI 2022, arXiv 2104.12565: MCL).
 symbol   variable     meaning                                        shape / default
 -------  -----------  ---------------------------------------------  --------------------------------
 N        N            students trained together
-L        L            stages of a student whose features contrast    3 on CIFAR students
+L        L            stages of a student whose features contrast    3 on CIFAR students, 4 on ImageNet's
 S        S            embedding sets, one per student and stage      N * L
 B, D     B, D         batch size, embedding dimension                128, 128
-C        C            classes; the last dimension of logits           100
-K        log_K        negatives of an anchor: other classes' samples  126 in a batch of 64 pairs
+C        C            classes; the last dimension of logits          100
+K        K, log_K     negatives of an anchor                         126 in a batch of 64 pairs; 8192 from a bank
 z_a^l    embeddings   unit embedding of student a at stage l         [N, L, B, D]
 y        labels       class of each sample                           [B], int64
-tau      tau          temperature of the contrastive distributions   0.1
+tau      tau          temperature of the contrastive distributions   0.1 in the batch, 0.07 with a bank
 T        T            extra temperature of every KL term             3
-S(u,v)   scores       u v^T / tau; row i belongs to anchor i         [..., B, B]
-P(i)     positives    1 where j is another sample of i's class       [B, B]; the diagonal is always 0
+S(u,v)   scores       u v^T / tau; row i belongs to anchor i         [..., B, M]; M = B in the batch, K + 2 with a bank
+P(i)     positive     true where column j is a positive of anchor i  [B, M]
+         excluded     true where column j is no candidate of i       [B, M]
 lambda   weights      layer-matching weight (see meta.py)            [N, L, N, L, B]
-alpha, beta, gamma, lam: the weights of VCL, ICL, Soft VCL, Soft ICL; train.weighted applies them (0.1, 0.1, 1, 1)
 
-Conventions. Anchors are rows, contrasts are columns. The hard losses (VCL, ICL) leave column j = i out
-of positives and negatives alike, whether both sets come from one student or from two; the soft losses
-keep all B columns. Per-anchor values come first; the batch mean is taken last, and leaves out anchors
-that have no positive in the batch (hard losses only). Everything runs in float32 or wider.
+Conventions. Anchors are rows, contrasts are columns. Per-anchor values come first; the batch mean is
+taken last. Everything runs in float32 or wider. The terms come unweighted: the classes in methods.py
+apply alpha, beta, gamma, lam to VCL, ICL, Soft VCL, Soft ICL.
+In the batch, column j is sample j. The hard losses (VCL, ICL) exclude column j = i, whether both sets
+come from one student or from two, and their mean leaves out anchors without a positive in the batch.
+The soft losses keep all B columns and all B anchors.
+With a memory bank, the columns are rows of the bank. Hard and soft losses exclude the same columns, the
+negatives of the anchor's own class, and every anchor has a positive.
 """
 
 import math
@@ -32,61 +36,67 @@ import math
 import torch
 import torch.nn.functional as F
 
-
 # ---------------------------------------------------------------- scores and the two per-anchor losses
 
 def similarity(u, v, tau):
-    """S(u, v) = u v^T / tau in float32 or wider, whatever the autocast type.  [..., B, D] twice -> [..., B, B]."""
+    """S(u, v) = u v^T / tau in float32 or wider, under autocast too.  [..., B, D], [..., M, D] -> [..., B, M]."""
     with torch.autocast(u.device.type, enabled=False):
-        return _wide(u) @ _wide(v).mT / tau
+        return at_least_float32(u) @ at_least_float32(v).mT / tau
 
 
-def positives(labels):
-    """P: true where column j is another sample of anchor i's class.  labels [B] -> [B, B] bool."""
+def batch_masks(labels):
+    """positive: j is another sample of i's class; excluded: j = i.  labels [B] -> two bool masks [B, B]."""
+    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     same = labels[:, None] == labels[None, :]                             # [B, B]
-    return same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    return same & ~itself, itself
 
 
-def nce(scores, positive):
-    """Supervised InfoNCE of each anchor.
+def nce(scores, positive, excluded):
+    """Supervised InfoNCE of each anchor, over the candidate columns k, those not excluded.
 
-        nce_i = - mean_{j in P(i)} log [ exp S_ij / sum_{k != i} exp S_ik ]
-              = logsumexp_{k != i} S_ik - mean_{j in P(i)} S_ij
+        nce_i = - mean_{j in P(i)} log [ exp S_ij / sum_k exp S_ik ]
+              = logsumexp_k S_ik - mean_{j in P(i)} S_ij
 
-    scores [..., B, B], positive [B, B] bool -> [..., B]. Anchors without a positive give 0.
+    scores [..., B, M], excluded [B, M], positive [B, M'] or [1, M'] -> [..., B]. With M' < M the columns from M' on are
+    never positive; a bank's negatives are then not multiplied by zeros. Anchors without a positive give 0.
     """
-    itself = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
-    # The lowest finite number instead of -inf: exp gives the same 0, and B = 1 stays finite.
-    partition = scores.masked_fill(itself, torch.finfo(scores.dtype).min).logsumexp(-1)   # [..., B]
+    # The lowest finite number instead of -inf: exp gives the same 0, and a row without candidates stays finite.
+    partition = scores.masked_fill(excluded, torch.finfo(scores.dtype).min).logsumexp(-1)     # [..., B]
     count = positive.sum(-1, dtype=scores.dtype)                          # [B]
-    target = positive / count.clamp(min=1)[:, None]                       # [B, B], rows sum to 1 or 0
-    attraction = (scores * target).sum(-1)                                # [..., B]
+    target = positive / count.clamp(min=1)[:, None]                       # [B, M'], rows sum to 1 or 0
+    attraction = (scores[..., :target.shape[-1]] * target).sum(-1)        # [..., B]
     return (partition - attraction) * (count > 0)
 
 
-def log_probabilities(scores, T):
-    """log softmax(scores / T) over the last dimension, which keeps all its columns (the diagonal too)."""
-    return F.log_softmax(scores / T, -1)
+def log_probabilities(scores, T, excluded=None):
+    """log softmax(scores / T) over the last dimension.  [..., B, M] -> [..., B, M].
+
+    Excluded columns [B, M] get probability 0 and a finite logarithm, so that they add 0 to kl, not NaN.
+    """
+    scores = scores / T
+    if excluded is not None:
+        scores = scores.masked_fill(excluded, torch.finfo(scores.dtype).min)
+    return F.log_softmax(scores, -1)
 
 
-def kl(log_p, log_q, T):
-    """Distillation of p towards the constant q, both at temperature T.
+def kl(student, teacher, T):
+    """KL(teacher || student) times T^2, both log-probabilities at temperature T, the teacher q constant.
 
-        kl_i = T^2 * sum_j q_ij (log q_ij - log p_ij)
+        kl_i = T^2 * sum_j q_ij (log q_ij - log p_ij),   log p = student, log q = teacher
 
-    log_p, log_q [..., B, C], leading dimensions broadcast -> [..., B]. No gradient flows into q.
+    student, teacher [..., B, C], leading dimensions broadcast -> [..., B]. No gradient flows into the teacher.
     T^2 keeps the gradient's size independent of T (Hinton et al. 2015).
     """
-    log_p, log_q = torch.broadcast_tensors(log_p, log_q)
-    return T ** 2 * Towards.apply(log_p, log_q, log_q.exp())
+    student, teacher = torch.broadcast_tensors(student, teacher)
+    return T ** 2 * KLToConstant.apply(student, teacher, teacher.exp())
 
 
-class Towards(torch.autograd.Function):
+class KLToConstant(torch.autograd.Function):
     """sum_j q_j (log q_j - log p_j) with the gradient -q for log p and none for q.
 
-    q.detach() would give the same gradient, but it would also hide from the *derivative* of that gradient
-    that q moves with theta. The meta step differentiates through updates, and the next update's q is
-    another one: without this its hypergradient is tens of per cent off at initialisation.
+    q.detach() would give the same gradient, but its derivative would miss that q moves with theta. The meta
+    step differentiates through updates, and each update has another q: with q.detach() its hypergradient is
+    tens of per cent off at initialisation.
     """
 
     @staticmethod
@@ -107,9 +117,8 @@ class Towards(torch.autograd.Function):
         return -(ctx.saved_tensors[0] * tangent_p).sum(-1)
 
 
-def mean_over_anchors(per_anchor, positive):
-    """Mean over the anchors that have a positive; 0 if none has.  [..., B] -> [...]."""
-    valid = positive.any(-1)                                              # [B]
+def mean_over_anchors(per_anchor, valid):
+    """Mean over the valid anchors; 0 if none is.  [..., B], valid [B] -> [...]."""
     return (per_anchor * valid).sum(-1) / valid.sum().clamp(min=1)
 
 
@@ -120,9 +129,9 @@ def vcl(z, labels, tau=0.1):
 
     z [B, D] -> scalar, the mean over the anchors that have a positive. Source: arXiv 2104.12565.
     """
-    _check_pair("vcl", z, z, labels)
-    P = positives(labels)
-    return mean_over_anchors(nce(similarity(z, z, tau), P), P)
+    _check("vcl", z=(z, "B D"), labels=(labels, "B"))
+    positive, excluded = batch_masks(labels)
+    return mean_over_anchors(nce(similarity(z, z, tau), positive, excluded), positive.any(-1))
 
 
 def icl(z_a, z_b, labels, tau=0.1):
@@ -132,9 +141,9 @@ def icl(z_a, z_b, labels, tau=0.1):
     I(z_a; z_b) >= log K - ICL, K the number of negatives.
     z_a, z_b [B, D] -> scalar, the mean over the anchors that have a positive. Source: arXiv 2104.12565.
     """
-    _check_pair("icl", z_a, z_b, labels)
-    P = positives(labels)
-    return mean_over_anchors(nce(similarity(z_a, z_b, tau), P), P)
+    _check("icl", z_a=(z_a, "B D"), z_b=(z_b, "B D"), labels=(labels, "B"))
+    positive, excluded = batch_masks(labels)
+    return mean_over_anchors(nce(similarity(z_a, z_b, tau), positive, excluded), positive.any(-1))
 
 
 def soft_vcl(z_a, z_b, tau=0.1, T=3.0):
@@ -143,9 +152,9 @@ def soft_vcl(z_a, z_b, tau=0.1, T=3.0):
     z_a, z_b [B, D] -> scalar, the mean over all anchors. z_b is constant; the reverse direction is
     soft_vcl(z_b, z_a). Source: arXiv 2104.12565.
     """
-    _check_pair("soft_vcl", z_a, z_b)
-    log_p, log_q = (log_probabilities(similarity(z, z, tau), T) for z in (z_a, z_b))
-    return kl(log_p, log_q, T).mean()
+    _check("soft_vcl", z_a=(z_a, "B D"), z_b=(z_b, "B D"))
+    student, teacher = (log_probabilities(similarity(z, z, tau), T) for z in (z_a, z_b))
+    return kl(student, teacher, T).mean()
 
 
 def soft_icl(z_a, z_b, tau=0.1, T=3.0):
@@ -154,29 +163,80 @@ def soft_icl(z_a, z_b, tau=0.1, T=3.0):
     z_a, z_b [B, D] -> scalar, the mean over all anchors. The second distribution is constant; both z_a
     and z_b get gradient through the first. The reverse direction is soft_icl(z_b, z_a). Source: arXiv 2104.12565.
     """
-    _check_pair("soft_icl", z_a, z_b)
-    log_p, log_q = (log_probabilities(similarity(u, v, tau), T) for u, v in ((z_a, z_b), (z_b, z_a)))
-    return kl(log_p, log_q, T).mean()
+    _check("soft_icl", z_a=(z_a, "B D"), z_b=(z_b, "B D"))
+    student, teacher = (log_probabilities(similarity(u, v, tau), T) for u, v in ((z_a, z_b), (z_b, z_a)))
+    return kl(student, teacher, T).mean()
 
 
-# ---------------------------------------------------------------- all pairs at once, from one Gram tensor
+# ---------------------------------------------------------------- all pairs at once, from one matrix product
 
-def all_pairs(z, positive, tau, T):
-    """The per-anchor values of the four losses for all ordered pairs (s, t) of S embedding sets.
+def batch_pairs(z, positive, excluded, tau, T):
+    """The per-anchor values of the four losses for all ordered pairs (s, t) of S embedding sets, in the batch.
 
-    z [S, B, D], positive [B, B] -> dict: vcl [S, 1, B] (it depends on s alone), icl, soft_vcl, soft_icl [S, S, B], where s
-    is the anchor's set and, for the soft losses, the one that learns.
+    s is the anchor's set and, for the soft losses, the one that learns.
+    z [S, B, D], masks [B, B] -> dict: vcl [S, 1, B] (it depends on s alone), icl, soft_vcl, soft_icl [S, S, B].
     """
     S, B, _ = z.shape
     rows = z.flatten(0, 1)                                                # [S*B, D]
     gram = similarity(rows, rows, tau).view(S, B, S, B).transpose(1, 2)   # [S, S, B, B], block (s, t) = S(z_s, z_t)
-    hard = nce(gram, positive)                                            # [S, S, B]
+    hard = nce(gram, positive, excluded)                                  # [S, S, B]
     log_p = log_probabilities(gram, T)                                    # [S, S, B, B]
-    own = log_p.diagonal(dim1=0, dim2=1).movedim(-1, 0)                   # [S, B, B], the blocks (s, s)
+    within = log_p.diagonal(dim1=0, dim2=1).movedim(-1, 0)                # [S, B, B], the blocks (s, s)
     return dict(vcl=hard.diagonal(dim1=0, dim2=1).T[:, None],             # [S, 1, B]
-                soft_vcl=kl(own[:, None], own[None, :], T),               # [S, S, B]
+                soft_vcl=kl(within[:, None], within[None, :], T),         # [S, S, B]
                 icl=hard,
                 soft_icl=kl(log_p, log_p.transpose(0, 1), T))             # [S, S, B]
+
+
+def bank_pairs(z, own, positive, negatives, same_class, tau, T):
+    """The same against the bank's rows, which are constant: gradient goes into z alone.
+
+    Row i of block (s, t) is z_s,i . [own_t,i ; positive_t,i ; negatives_t] / tau. Between two sets (ICL, Soft ICL) the
+    first two columns are positives. Within one set (VCL, Soft VCL) column `own` is cut off, and one positive stays.
+    L-MCL does not use the blocks of two stages of one student: the price of one matrix product.
+    z, own, positive [S, B, D], negatives [S, K, D], same_class [B, K] -> dict as from batch_pairs.
+    """
+    S, B, _ = z.shape
+    K, z = negatives.shape[1], at_least_float32(z)
+    own, positive, negatives = (rows.detach().to(z.dtype) for rows in (own, positive, negatives))
+    near = similarity(z.transpose(0, 1), torch.cat([own, positive]).transpose(0, 1), tau)     # [B, S, 2*S]
+    near = near.view(B, S, 2, S).permute(1, 3, 0, 2)                                          # [S, S, B, 2]
+    far = similarity(z.flatten(0, 1), negatives.flatten(0, 1), tau)                           # [S*B, S*K]
+    far = far.view(S, B, S, K).transpose(1, 2)                                                # [S, S, B, K]
+    between = torch.cat([near, far], -1)                                                      # [S, S, B, K+2]
+    within = between.diagonal(dim1=0, dim2=1).movedim(-1, 0)[..., 1:]     # [S, B, K+1], the blocks (s, s)
+    first = torch.ones(1, 2, dtype=torch.bool, device=z.device)           # [1, 2], the positives
+    excluded = F.pad(same_class, (2, 0))                                  # [B, K+2], never excludes the first two
+    log_p = log_probabilities(between, T, excluded)                       # [S, S, B, K+2]
+    log_p_within = log_probabilities(within, T, excluded[:, 1:])          # [S, B, K+1]
+    return dict(vcl=nce(within, first[:, 1:], excluded[:, 1:])[:, None],  # [S, 1, B]
+                soft_vcl=kl(log_p_within[:, None], log_p_within[None, :], T),   # [S, S, B]
+                icl=nce(between, first, excluded),                        # [S, S, B]
+                soft_icl=kl(log_p, log_p.transpose(0, 1), T))             # [S, S, B]
+
+
+def mcl_sums(values, valid):
+    """MCL's sums of batch means; the soft terms keep all anchors.  values: of batch_pairs, S = N; valid [B] -> dict."""
+    others = ~torch.eye(len(values["icl"]), dtype=torch.bool, device=valid.device)[..., None]   # [N, N, 1], a != b
+    return dict(vcl=mean_over_anchors(values["vcl"], valid).sum(),
+                soft_vcl=(values["soft_vcl"] * others).mean(-1).sum(),
+                icl=mean_over_anchors(values["icl"] * others, valid).sum(),
+                soft_icl=(values["soft_icl"] * others).mean(-1).sum())
+
+
+def lmcl_sums(values, weights, valid):
+    """L-MCL's sums of weighted batch means; the soft terms keep all anchors.
+
+    values: of batch_pairs, S = N * L; weights [N, L, N, L, B], valid [B] -> dict of four scalars.
+    lambda is symmetric, so both directions of a term have the same sum: with s = (a, l), t = (b, m),
+    sum_{s,t} lambda_st (V_s + V_t) = 2 sum_{s,t} lambda_st V_s, and so on for ICL, Soft VCL and Soft ICL.
+    """
+    N, L, _, _, B = weights.shape
+    same = torch.eye(N, dtype=torch.bool, device=weights.device)[:, None, :, None, None]      # [N, 1, N, 1, 1], a = b
+    w = weights.masked_fill(same, 0).reshape(N * L, N * L, B)             # [S, S, B]
+    total = {k: 2 * (w * v).sum((0, 1)) for k, v in values.items()}       # [B] each
+    return dict(vcl=mean_over_anchors(total["vcl"], valid), soft_vcl=total["soft_vcl"].mean(),
+                icl=mean_over_anchors(total["icl"], valid), soft_icl=total["soft_icl"].mean())
 
 
 def mcl_loss(embeddings, labels, tau=0.1, T=3.0):
@@ -188,57 +248,76 @@ def mcl_loss(embeddings, labels, tau=0.1, T=3.0):
     over ordered pairs, each once, mean over the batch.
 
     embeddings [N, B, D] unit rows, labels [B] int64 -> dict of four scalars.
-    Raises ValueError for other shapes. Source: arXiv 2104.12565.
+    Raises ValueError for other shapes and dtypes, and on the CPU for other lengths. Source: arXiv 2104.12565.
     """
-    _check("mcl_loss", embeddings, "[N, B, D]", labels)
-    P = positives(labels)
-    values = all_pairs(embeddings, P, tau, T)
-    others = ~torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)[..., None]   # [N, N, 1], a != b
-    # The soft terms need no positive: all B anchors count.
-    return dict(vcl=mean_over_anchors(values["vcl"], P).sum(),
-                soft_vcl=(values["soft_vcl"] * others).mean(-1).sum(),
-                icl=mean_over_anchors(values["icl"] * others, P).sum(),
-                soft_icl=(values["soft_icl"] * others).mean(-1).sum())
+    _check("mcl_loss", embeddings=(embeddings, "N B D"), labels=(labels, "B"))
+    positive, excluded = batch_masks(labels)
+    return mcl_sums(batch_pairs(embeddings, positive, excluded, tau, T), positive.any(-1))
 
 
-def lmcl_loss(embeddings, labels, weights, tau=0.1, T=3.0):
+def mcl_bank_loss(embeddings, own, positive, negatives, same_class, tau=0.07, T=3.0):
+    """mcl_loss against a memory bank's rows instead of the batch. Gradient goes into the embeddings alone.
+
+    embeddings [N, B, D] unit rows. From the bank, in float16 or wider: own [N, B, D], the rows of the batch's images;
+    positive [N, B, D], rows of other images of the same classes; negatives [N, K, D]. same_class [B, K] bool: true
+    where negative k is left out for anchor i. -> dict of four scalars.
+    Raises ValueError as mcl_loss. Source: arXiv 2207.11518.
+    """
+    _check("mcl_bank_loss", embeddings=(embeddings, "N B D"), own=(own, "N B D"), positive=(positive, "N B D"),
+           negatives=(negatives, "N K D"), same_class=(same_class, "B K"))
+    valid = embeddings.new_ones(embeddings.shape[-2], dtype=torch.bool)   # [B], every anchor has a positive
+    return mcl_sums(bank_pairs(embeddings, own, positive, negatives, same_class, tau, T), valid)
+
+
+def lmcl_loss(embeddings, labels, weights=None, tau=0.1, T=3.0):
     """L-MCL (TPAMI 2023): every stage of each student with every stage of each other. Unweighted terms:
 
         sum over ordered pairs a != b and stages l, m of  mean_i lambda^{l,m}_{a,b}(x_i) * term_i,
         term = VCL_a^l + VCL_b^m,  ICL both ways,  Soft VCL both ways,  Soft ICL both ways.
 
-    lambda is symmetric, so both directions of a term have the same sum: with s = (a, l), t = (b, m),
-    sum_{s,t} lambda_st (V_s + V_t) = 2 sum_{s,t} lambda_st V_s, and so on for ICL, Soft VCL and Soft ICL.
-
-    embeddings [N, L, B, D] unit rows, labels [B] int64, weights [N, L, N, L, B], symmetric (not checked:
-    the host would wait), the a = b blocks unused -> dict of four scalars. Gradient goes into the embeddings and, if they ask
-    for it, into the weights.
-    Raises ValueError for other shapes. Source: arXiv 2207.11518.
+    embeddings [N, L, B, D] unit rows, labels [B] int64, weights [N, L, N, L, B], symmetric (not checked: the host
+    would wait), the a = b blocks unused, None for ones -> dict of four scalars. Gradient goes into the embeddings
+    and, if they require it, into the weights.
+    Raises ValueError for other shapes and dtypes, and on the CPU for other lengths. Source: arXiv 2207.11518.
     """
-    _check("lmcl_loss", embeddings, "[N, L, B, D]", labels, weights)
+    _check("lmcl_loss", embeddings=(embeddings, "N L B D"), labels=(labels, "B"), weights=(weights, "N L N L B"))
+    weights = _ones(embeddings) if weights is None else weights
+    positive, excluded = batch_masks(labels)
+    return lmcl_sums(batch_pairs(embeddings.flatten(0, 1), positive, excluded, tau, T), weights, positive.any(-1))
+
+
+def lmcl_bank_loss(embeddings, own, positive, negatives, same_class, weights=None, tau=0.07, T=3.0):
+    """lmcl_loss against a memory bank per student and stage. Gradient goes into the embeddings and weights alone.
+
+    embeddings, own, positive [N, L, B, D], negatives [N, L, K, D], same_class [B, K] as in mcl_bank_loss, weights as in
+    lmcl_loss -> dict of four scalars. Raises ValueError as lmcl_loss. Source: arXiv 2207.11518.
+    """
+    _check("lmcl_bank_loss", embeddings=(embeddings, "N L B D"), own=(own, "N L B D"), positive=(positive, "N L B D"),
+           negatives=(negatives, "N L K D"), same_class=(same_class, "B K"), weights=(weights, "N L N L B"))
+    weights = _ones(embeddings) if weights is None else weights
+    valid = embeddings.new_ones(embeddings.shape[-2], dtype=torch.bool)   # [B], every anchor has a positive
+    sets = (t.flatten(0, 1) for t in (embeddings, own, positive, negatives))                  # [S, ., D]
+    return lmcl_sums(bank_pairs(*sets, same_class, tau, T), weights, valid)
+
+
+def _ones(embeddings):
     N, L, B, _ = embeddings.shape
-    P = positives(labels)
-    values = all_pairs(embeddings.flatten(0, 1), P, tau, T)
-    same = torch.eye(N, dtype=torch.bool, device=weights.device)[:, None, :, None, None]      # [N, 1, N, 1, 1], a = b
-    w = weights.masked_fill(same, 0).reshape(N * L, N * L, B)             # [S, S, B]
-    total = {k: 2 * (w * v).sum((0, 1)) for k, v in values.items()}       # [B] each
-    # The soft terms need no positive: all B anchors count.
-    return dict(vcl=mean_over_anchors(total["vcl"], P), soft_vcl=total["soft_vcl"].mean(),
-                icl=mean_over_anchors(total["icl"], P), soft_icl=total["soft_icl"].mean())
+    return embeddings.new_ones(N, L, N, L, B)
 
 
 @torch.no_grad()
 def mutual_information_bound(embeddings, labels, tau=0.1):
-    """log K - mean ICL over all ordered pairs of students, in nats; K = the negatives of an anchor.
+    """log K - mean ICL over all ordered pairs of students, in nats; K = the negatives of an anchor in the batch.
 
-    A lower bound of I(z_a; z_b), averaged over pairs.  embeddings [N, B, D] -> scalar.
+    A lower bound of I(z_a; z_b), averaged over pairs.  embeddings [N, B, D], labels [B] -> scalar.
     """
-    P = positives(labels)
-    values = nce(similarity(embeddings[:, None], embeddings, tau), P)     # [N, N, B]
+    _check("mutual_information_bound", embeddings=(embeddings, "N B D"), labels=(labels, "B"))
+    positive, excluded = batch_masks(labels)
+    values = nce(similarity(embeddings[:, None], embeddings, tau), positive, excluded)        # [N, N, B]
     pairs = values.sum((0, 1)) - values.diagonal().sum(-1)                # [B], over a != b
     N, B = embeddings.shape[:2]
-    log_K = (B - 1 - P.sum(-1, dtype=values.dtype)).clamp(min=1).log()   # [B]
-    return mean_over_anchors(log_K - pairs / max(1, N * (N - 1)), P)
+    log_K = (B - 1 - positive.sum(-1, dtype=values.dtype)).clamp(min=1).log()                 # [B]
+    return mean_over_anchors(log_K - pairs / max(1, N * (N - 1)), positive.any(-1))
 
 
 # ---------------------------------------------------------------- losses on the logits
@@ -248,7 +327,7 @@ def cross_entropy(logits, labels):
 
     logits [..., B, C], labels [B] int64 -> scalar, in float32 or wider.
     """
-    rows = _wide(logits).reshape(-1, logits.shape[-1])                    # [heads*B, C]
+    rows = at_least_float32(logits).reshape(-1, logits.shape[-1])         # [heads*B, C]
     heads = math.prod(logits.shape[:-2])
     return heads * F.cross_entropy(rows, labels.repeat(heads))
 
@@ -259,7 +338,7 @@ def distillation(student_logits, teacher_logits, T=3.0):
     student_logits, teacher_logits [..., B, C], leading dimensions broadcast -> [...].
     Source: Hinton et al. 2015, arXiv 1503.02531.
     """
-    student, teacher = (log_probabilities(_wide(logits), T) for logits in (student_logits, teacher_logits))
+    student, teacher = (log_probabilities(at_least_float32(logits), T) for logits in (student_logits, teacher_logits))
     return kl(student, teacher, T).mean(-1)
 
 
@@ -275,40 +354,63 @@ def mutual_distillation(logits, T=1.0):
 
 def ensemble_distillation(logits, T=3.0):
     """sum_a KL_T(logits_a <- mean_b logits_b), the mean constant.  logits [N, B, C] -> scalar."""
-    return distillation(logits, _wide(logits).mean(0, keepdim=True), T).sum()
+    return distillation(logits, at_least_float32(logits).mean(0, keepdim=True), T).sum()
 
 
 # ---------------------------------------------------------------- adversarial distillation of feature maps (AFD)
 
-def fooling(own):
+def generator_loss(own):
     """sum_a mean (1 - D_a(m_a))^2: student a wants its map taken for a peer's.  own [N, B] = D_a(m_a) -> scalar."""
-    return (1 - _wide(own)).square().mean(-1).sum()
+    return (1 - at_least_float32(own)).square().mean(-1).sum()
 
 
-def judging(own, peer):
-    """sum_a mean [ D_a(m_a)^2 + (1 - D_a(m_{a+1}))^2 ]: least squares, 0 for one's own map and 1 for the peer's.
+def discriminator_loss(own, peer):
+    """sum_a mean [ D_a(m_a)^2 + (1 - D_a(m_{a+1}))^2 ]: least squares, target 0 for a's own map, 1 for its peer's.
 
     own, peer [N, B] -> scalar. Chung et al., ICML 2020, with the losses of LSGAN (Mao et al. 2017).
     """
-    return (_wide(own).square() + (1 - _wide(peer)).square()).mean(-1).sum()
+    return (at_least_float32(own).square() + (1 - at_least_float32(peer)).square()).mean(-1).sum()
 
 
-def _wide(t):
+# ---------------------------------------------------------------- dtypes and arguments
+
+def at_least_float32(t):
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def _check_pair(name, z_a, z_b, labels=None):
-    if z_a.dim() != 2 or z_a.shape != z_b.shape or labels is not None and labels.shape != z_a.shape[:1]:
-        raise ValueError(f"{name}: embeddings must be [B, D] alike and labels [B], got {list(z_a.shape)}, {list(z_b.shape)}"
-                         + (f" and {list(labels.shape)}" if labels is not None else ""))
+DTYPES = {"labels": "integers", "same_class": "booleans"}                 # all other arguments: floats
 
 
-def _check(name, embeddings, form, labels, weights=None):
-    shape = list(embeddings.shape)
-    if len(shape) != len(form.split(",")):
-        raise ValueError(f"{name}: embeddings must be {form}, got {shape}")
-    if list(labels.shape) != shape[-2:-1]:
-        raise ValueError(f"{name}: labels must be [B] = {shape[-2:-1]} for embeddings {shape}, got {list(labels.shape)}")
-    if weights is not None and list(weights.shape) != shape[:2] * 2 + shape[2:3]:
-        raise ValueError(f"{name}: weights must be [N, L, N, L, B] = {shape[:2] * 2 + shape[2:3]} "
-                         f"for embeddings {shape}, got {list(weights.shape)}")
+def _check(name, **arguments):
+    """Raises ValueError for an argument (tensor, form) that has not its form. A letter's first use sets its size."""
+    sizes = {}
+    for key, (tensor, form) in arguments.items():
+        if key == "weights" and tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name}: {key} must be a tensor, got {type(tensor).__name__}")
+        wanted, shape = form.split(), list(tensor.shape)
+        if len(wanted) == len(shape):
+            sizes = dict(zip(wanted, shape, strict=True)) | sizes
+        if shape != [sizes.get(letter) for letter in wanted]:
+            known = f" = {[sizes[letter] for letter in wanted]}" if sizes.keys() >= set(wanted) else ""
+            raise ValueError(f"{name}: {key} must be [{', '.join(wanted)}]{known}, got {shape}")
+        found = "floats" if tensor.is_floating_point() else "booleans" if tensor.dtype == torch.bool else "integers"
+        if found != DTYPES.get(key, "floats"):
+            raise ValueError(f"{name}: {key} must be {DTYPES.get(key, 'floats')}, got {tensor.dtype}")
+        if key in ("embeddings", "z", "z_a", "z_b"):
+            _check_lengths(name, key, tensor)
+
+
+def _check_lengths(name, key, z):
+    """Rows are unit vectors, or zero as F.normalize leaves them. CPU only: a GPU's host would wait."""
+    if z.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    try:
+        z = z.detach().numpy().astype("float32")                          # NumPy: no dispatched operation
+    except (RuntimeError, TypeError):                                     # no data (torch.func, FakeTensor) or bfloat16
+        return
+    lengths = (z * z).sum(-1) ** 0.5
+    wrong = lengths[(abs(lengths - 1) > 0.01) & (lengths > 0)]            # NaN passes: the loss shows it
+    if len(wrong):
+        raise ValueError(f"{name}: {key} must be unit vectors (F.normalize), got length {wrong[0]:.3g}")

@@ -2,20 +2,21 @@
 
 Yang et al., TPAMI 2023 (arXiv 2207.11518).
 
-symbol       variable       meaning                                                     shape / default
------------  -------------  ----------------------------------------------------------  ------------------
-f_a^l        features       pooled features of student a at stage l                     N tensors [L, B, d_a]
-lambda       weights        sigmoid(<unit(W_a^l f_a^l), unit(W_b^m f_b^m)>)              [N, L, N, L, B]
+symbol       variable       meaning                                                       shape / default
+-----------  -------------  ------------------------------------------------------------  ------------------
+f_a^l        features       pooled features of student a at stage l                       N tensors [L, B, d_a]
+lambda       weights        sigmoid(<unit(W_a^l f_a^l), unit(W_b^m f_b^m)>)                [N, L, N, L, B]
 phi          meta_params    the meta-network's parameters W
 theta        params         students, branches and embedding MLPs
-v            v              momentum buffers of the virtual steps, 0 at first           as theta
-K            inner_steps    virtual steps on the contrastive loss; one more follows on the    2
-                            task loss, so k = 0 .. K
-eta          lr             learning rate of the virtual steps                          0.1, by the schedule
-mu           momentum                                                                   0.9
-wd           weight_decay                                                               5e-4
+v            v              momentum buffers of the virtual steps, 0 at first             as theta
+K            inner_steps    virtual steps on the contrastive loss; one more on the task   2
+                            loss follows, so k = 0 .. K
+eta          lr             learning rate of the virtual steps                            0.1, by the schedule
+mu           momentum                                                                     0.9
+wd           weight_decay                                                                 5e-4
 """
 
+import math
 import warnings
 from contextlib import contextmanager
 
@@ -24,9 +25,9 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
+
+from second_order import FastSecondDerivatives
 
 
 class MatchingNetwork(nn.Module):
@@ -50,15 +51,14 @@ class MatchingNetwork(nn.Module):
 
 # ---------------------------------------------------------------- the exact hypergradient
 
-@torch.enable_grad()
 def hypergradient(inner_loss, outer_loss, params, meta_params, *, inner_steps, lr, momentum, weight_decay,
-                  forward_mode=False):
+                  forward_mode=False, average=None):
     """d outer_loss(theta_{K+1}) / d phi, the total derivative through K + 1 virtual SGD steps from theta_0 = params:
 
         v_{k+1} = mu v_k + g_k(theta_k, phi) + wd theta_k,   theta_{k+1} = theta_k - eta v_{k+1},   v_0 = 0
 
-    with g_k what autograd gives as the gradient of inner_loss for k < K = inner_steps, and of outer_loss
-    for the last, k = K.
+    with g_k the gradient that autograd gives, of inner_loss for k < K = inner_steps and of outer_loss for the last
+    step, k = K.
 
     Reverse recursion. Let a and b be the derivatives of the result for theta_{k+1} and v_{k+1}, taken as
     two separate inputs of the steps after k. But theta_{k+1} contains v_{k+1} with factor -eta, so the
@@ -75,43 +75,59 @@ def hypergradient(inner_loss, outer_loss, params, meta_params, *, inner_steps, l
 
     J_k^T u and u^T dg_k/dphi are the gradients of the one scalar X = <g_k(theta_k, phi), u>, u constant.
     For k = 0 only the part for phi is needed. X is also the directional derivative of the loss along u,
-    d/deps inner_loss(theta_0 + eps u): with forward_mode=True one forward pass with tangents instead of two
+    d/deps inner_loss(theta_0 + eps u): with forward_mode=True one forward pass with tangents replaces two
     backward passes. That is right only where phi acts behind the last normalisation layer (PyTorch's forward
     mode takes a batch's statistics for constants when it is differentiated again) and where the loss holds
-    things constant by .detach(), not torch.no_grad(), which lets tangents through; as in meta_step.
-    (What a loss detaches is constant in both; losses.Towards shows how a constant can still be seen to
-    move from one step to the next.)
+    things constant by .detach(), not by torch.no_grad(), which lets tangents through. Both hold in meta_step.
+    (What a loss detaches is constant in both modes; losses.py shows how a constant can still be seen to move
+    from one step to the next.)
 
-    Only theta_0 .. theta_K are kept, and each step is recomputed, so the memory is that of one step.
+    Only theta_0 .. theta_K are kept, and each step is computed again, so the memory is that of one step.
 
-    inner_loss(params), outer_loss(params): take a list of tensors in the order of `params`, return a
-    scalar; they reach phi by closure. params are of one dtype and are not changed. Returns one tensor per meta parameter,
-    zeros where the loss does not depend on it. Source: arXiv 2207.11518, with momentum and weight decay.
+    Several processes. inner_loss and outer_loss are this process's own, on its part of the batch; the losses of the
+    formulas are their means over processes. average(vector) returns the mean over processes of a flat vector. It is
+    called 2K + 4 times (2K + 3 with forward_mode): for g_k, the first a, J_k^T u, and the result. So theta_k, a, b
+    and u are the same everywhere. The g_k inside X is this process's own: differentiation is linear, so the mean of
+    the derivatives of the local X is the derivative of the mean X. An average inside X would put a collective call
+    into the graph and count other processes' derivatives as constants.
+
+    inner_loss(params), outer_loss(params): take a list of tensors in the order of `params`, return a scalar; they
+    reach phi by closure. params have one dtype and do not change. Returns one tensor for each meta parameter, zeros
+    where the loss does not depend on it. Source: arXiv 2207.11518, with momentum and weight decay.
     """
-    shapes, sizes = [p.shape for p in params], [p.numel() for p in params]
-    flat = lambda tensors: torch.cat([t.detach().reshape(-1) for t in tensors])
-    cut = lambda vector: [part.view(shape) for part, shape in zip(vector.split(sizes), shapes)]
-    steps = [lambda theta: inner_loss(cut(theta))] * inner_steps + [lambda theta: outer_loss(cut(theta))]
+    local = _local_hypergradient(inner_loss, outer_loss, params, meta_params, inner_steps, lr, momentum, weight_decay,
+                                 forward_mode, average)
+    return _mean(local, meta_params, average)
 
-    theta, path = flat(params), []                                        # theta, v, a, b, u: one vector each
+
+@torch.enable_grad()
+def _local_hypergradient(inner_loss, outer_loss, params, meta_params, inner_steps, lr, momentum, weight_decay,
+                         forward_mode, average):
+    """This process's part of the hypergradient, which is the mean of all processes' parts."""
+    flat = FlatVector(params)
+    mean = average or (lambda vector: vector)
+    losses = [lambda theta: inner_loss(flat.views(theta))] * inner_steps + [lambda theta: outer_loss(flat.views(theta))]
+
+    theta, trajectory = flat.concatenate(params), []                      # theta, v, a, b, u: one vector each
     v = torch.zeros_like(theta)
-    for loss in steps:
-        path.append(theta)
+    for loss in losses:
+        trajectory.append(theta)
         g, = _gradients(loss, theta)
-        v = momentum * v + g + weight_decay * theta
+        v = momentum * v + mean(g) + weight_decay * theta
         theta = theta - lr * v
 
-    a, *total = _gradients(steps[-1], theta, meta_params)
+    a, *d_phi = _gradients(losses[-1], theta, meta_params)
+    a = mean(a)
     b = torch.zeros_like(a)
-    for k in reversed(range(len(steps))):
+    for k in reversed(range(len(losses))):
         u = b - lr * a
         if k == 0 and forward_mode:
-            part = _mixed_product(steps[k], path[k], u, meta_params)
+            part = _mixed_product(losses[k], trajectory[k], u, meta_params)
         else:
-            Ju, *part = _second_order_products(steps[k], path[k], u, meta_params)
-            a, b = a + weight_decay * u + Ju, momentum * u
-        total = [t + p for t, p in zip(total, part)]
-    return total
+            Ju, *part = _second_order_products(losses[k], trajectory[k], u, meta_params)
+            a, b = a + weight_decay * u + mean(Ju), momentum * u
+        d_phi = [d + p for d, p in zip(d_phi, part, strict=True)]
+    return d_phi
 
 
 def _gradients(loss, theta, meta_params=()):
@@ -122,7 +138,7 @@ def _gradients(loss, theta, meta_params=()):
 def _second_order_products(loss, theta, u, meta_params):
     """J^T u and u^T dg/dphi: the gradients of X = <g, u> by a second backward pass."""
     theta = theta.detach().requires_grad_()
-    with CheapSecondDerivatives():
+    with FastSecondDerivatives():
         g, = _grad(loss(theta), [theta], create_graph=True)
     return _grad(g @ u, [theta, *meta_params])
 
@@ -131,7 +147,7 @@ def _mixed_product(loss, theta, u, meta_params):
     """u^T dg/dphi alone: the gradient of X = d/deps loss(theta + eps u), which forward mode gives."""
     with forward_ad.dual_level(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")   # PyTorch's own forward mode uses it
-        with CheapSecondDerivatives():
+        with FastSecondDerivatives():
             X = forward_ad.unpack_dual(loss(forward_ad.make_dual(theta, u))).tangent
     return _grad(X, meta_params)
 
@@ -143,185 +159,90 @@ def _grad(scalar, inputs, create_graph=False):
     return torch.autograd.grad(scalar, inputs, create_graph=create_graph, materialize_grads=True)
 
 
-# ---------------------------------------------------------------- second derivatives of the two layers that cost
-#
-# PyTorch differentiates the backward pass of batch normalisation by dozens of operations on the map, and that of a
-# convolution's weight by a convolution whose kernel is as large as the map. Below is the same in seven operations on
-# the map and in four ordinary convolutions. For y = f(x, w) the backward pass gives gx, gw from g. With hx, hw the
-# gradients that arrive for them,
-#
-#     X = <hx, gx> + <hw, gw> = <g, T>,    T = the derivative of f in the direction (hx, hw),
-#
-# so X's gradient for g is T, and for x and w it is what a backward pass of T gives.
+class FlatVector:
+    """Tensors as one vector and back. The views have the shapes and strides of `params`.
 
-class CheapSecondDerivatives(TorchFunctionMode):
-    """Within it nn.Conv2d with numeric padding and affine nn.BatchNorm without running averages use the functions
-    below; all else is PyTorch's. Not for use under autocast."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.conv2d and len(args) == 7 and isinstance(args[4], tuple) and args[0].dim() == 4:   # nn.Conv2d's call
-            x, w, bias, *geometry = args
-            y = Convolution.apply(x, w, *geometry)
-            return y if bias is None else y + bias[:, None, None]
-        if (func is F.batch_norm and args[1] is None and kwargs["training"]
-                and kwargs["weight"] is not None and kwargs["bias"] is not None):
-            return BatchNorm.apply(args[0], kwargs["weight"], kwargs["bias"], kwargs["eps"])
-        return func(*args, **kwargs)
-
-
-class Convolution(torch.autograd.Function):
-    """F.conv2d(x, w, None, stride, padding, dilation, groups)."""
-
-    @staticmethod
-    def forward(ctx, x, w, *geometry):
-        ctx.save_for_backward(x, w)
-        ctx.save_for_forward(x, w)
-        ctx.geometry = geometry
-        return F.conv2d(x, w, None, *geometry)
-
-    @staticmethod
-    def jvp(ctx, dx, dw, *_):
-        x, w = ctx.saved_tensors
-        return F.conv2d(dx, w, None, *ctx.geometry) + F.conv2d(x, dw, None, *ctx.geometry)
-
-    @staticmethod
-    def backward(ctx, g):
-        return *ConvolutionGradient.apply(g, *ctx.saved_tensors, ctx.needs_input_grad[0], *ctx.geometry), *[None] * 4
-
-
-class ConvolutionGradient(torch.autograd.Function):
-    """gx, gw from g. T = conv(hx, w) + conv(x, hw); dX/dx = gx of (g, hw), dX/dw = gw of (g, hx)."""
-
-    @staticmethod
-    def forward(ctx, g, x, w, want_gx, *geometry):
-        ctx.save_for_backward(g, x, w)
-        ctx.set_materialize_grads(False)
-        ctx.want_gx, ctx.geometry = want_gx, geometry
-        return _convolution_gradients(g, x, w, want_gx, True, *geometry)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, hx, hw):
-        g, x, w = ctx.saved_tensors
-        T = dx = dw = None
-        if hw is not None:
-            T = F.conv2d(x, hw, None, *ctx.geometry)
-            if ctx.want_gx:
-                dx, _ = _convolution_gradients(g, x, hw, True, False, *ctx.geometry)
-        if hx is not None:
-            T = F.conv2d(hx, w, None, *ctx.geometry) + (0 if T is None else T)
-            _, dw = _convolution_gradients(g, hx, w, False, True, *ctx.geometry)
-        return T, dx, dw, *[None] * 5
-
-
-def _convolution_gradients(g, x, w, want_gx, want_gw, stride, padding, dilation, groups):
-    return torch.ops.aten.convolution_backward(g, x, w, None, stride, padding, dilation, False, [0, 0], groups,
-                                               [want_gx, want_gw, False])[:2]
-
-
-class BatchNorm(torch.autograd.Function):
-    """w x^ + b with x^ = (x - mean) r, r = 1 / sqrt(var + eps), over all axes of x but the second; w, b: [channels]."""
-
-    @staticmethod
-    def forward(ctx, x, w, b, eps):
-        y, mean, r = torch.native_batch_norm(x, w, b, None, None, True, 0.0, eps)
-        ctx.save_for_backward(x, w, mean, r)
-        ctx.save_for_forward(x, w, mean, r)
-        ctx.eps = eps
-        return y
-
-    @staticmethod
-    def jvp(ctx, dx, dw, db, _):
-        x, w, mean, r = ctx.saved_tensors
-        along_x, _, _ = _batch_norm_gradients(dx, x, w, mean, r, [True, False, False])          # w r P dx
-        return along_x.add_(torch.native_batch_norm(x, dw, db, None, None, True, 0.0, ctx.eps)[0])     # + dw x^ + db
-
-    @staticmethod
-    def backward(ctx, g):
-        return *BatchNormGradient.apply(g, *ctx.saved_tensors), None
-
-
-class BatchNormGradient(torch.autograd.Function):
-    """gx, gw, gb from g. With M values per channel and the projection P t = t - mean(t) - x^ mean(t x^), its own adjoint:
-
-    gx = w r P g,  gw = sum(g x^),  gb = sum(g);    T = w r P hx + hw x^ + hb.
-    X = w r S + hw gw + hb gb with S = <hx, P g> = <hx, g> - (s gb + p gw) / M,  s = sum(hx), p = sum(hx x^).
-    Through x^ and through r, which pass a gradient on as r P(.) and as -r^2 x^ / M:
-
-    dX/dx = r P(e) - w S r^2 x^ / M,    e = dX/dx^ = beta g - alpha hx,  alpha = w r gw / M,  beta = hw - w r p / M.
+    Each tensor goes in and out in the order of its parameter's memory: a channels_last weight cut out as NCHW would
+    be converted again by every convolution.
     """
 
-    @staticmethod
-    def forward(ctx, g, x, w, mean, r):
-        gx, gw, gb = _batch_norm_gradients(g, x, w, mean, r)
-        ctx.save_for_backward(g, x, w, mean, r, gw, gb)
-        return gx, gw, gb
+    def __init__(self, params):
+        self.sizes = [p.numel() for p in params]
+        self.orders = [sorted(range(p.dim()), key=lambda axis: (-p.stride(axis), -p.shape[axis])) for p in params]
+        self.shapes = [[p.shape[axis] for axis in order] for p, order in zip(params, self.orders, strict=True)]
+        self.inverses = [[order.index(axis) for axis in range(len(order))] if order != sorted(order) else None
+                         for order in self.orders]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, hx, hw, hb):
-        g, x, w, mean, r, gw, gb = ctx.saved_tensors
-        M, each = x.numel() / len(w), (-1, *[1] * (x.dim() - 2))          # each: one value a channel
-        T, p, s = _batch_norm_gradients(hx, x, w, mean, r)
-        _, q, _ = _batch_norm_gradients(hx, g, w, torch.zeros_like(r), torch.ones_like(r), [False, True, False])   # <hx, g>
-        wr, hr = w * r, hw * r
-        T.addcmul_(x, hr.view(each)).add_(torch.addcmul(hb, hr, mean, value=-1).view(each))
+    def concatenate(self, tensors):
+        return torch.cat([t.detach().permute(order).reshape(-1) for t, order in zip(tensors, self.orders, strict=True)])
 
-        p_, s_, gw_, gb_ = torch.stack([p, s, gw, gb]) / M
-        S = q - s * gb_ - p * gw_
-        alpha, beta = wr * gw_, hw - wr * p_
-        mean_e, mean_ex = beta * gb_ - alpha * s_, beta * gw_ - alpha * p_
-        slope = r * r * (mean_ex + wr * S / M)                            # of -x in dX/dx
-        dx = torch.addcmul((slope * mean - r * mean_e).view(each), hx, (r * alpha).view(each), value=-1)
-        dx.addcmul_(g, (r * beta).view(each)).addcmul_(x, slope.view(each), value=-1)
-        return T, dx, r * S, None, None
+    def views(self, vector):
+        return [part.view(shape).permute(inverse) if inverse else part.view(shape)
+                for part, shape, inverse in zip(vector.split(self.sizes), self.shapes, self.inverses, strict=True)]
 
 
-def _batch_norm_gradients(g, x, w, mean, r, wanted=(True, True, True)):
-    """w r P g, sum(g x^), sum(g)."""
-    return torch.ops.aten.native_batch_norm_backward(g, x, w, None, None, mean, r, True, 0.0, wanted)
+def _mean(tensors, params, average):
+    """The means over processes of tensors shaped as `params`: one average of one flat vector."""
+    if average is None:
+        return list(tensors)
+    flat = FlatVector(params)
+    return flat.views(average(flat.concatenate(tensors)))
+
+
+def average_gradients(module, average):
+    """Each parameter's gradient becomes its mean over processes; average as in hypergradient, None: nothing happens."""
+    params = [p for p in module.parameters() if p.grad is not None]
+    for p, grad in zip(params, _mean([p.grad for p in params], params, average), strict=True):
+        p.grad = grad
 
 
 # ---------------------------------------------------------------- the meta step
 
-def meta_step(students, matching, optimizer, images, contrast, task, *, inner_steps, lr, momentum, weight_decay):
+def meta_step(students, matching, optimizer, images, contrast, task, *, inner_steps, lr, momentum, weight_decay,
+              average=None):
     """One step of the meta-network's optimizer along the exact hypergradient; nothing else keeps a trace.
 
     students(images) -> (features, embeddings, logits): the module whose parameters are theta; frozen ones stay.
     contrast(embeddings, weights) -> scalar: the loss of the inner virtual steps, L_L-MCL.
     task(logits) -> scalar: the loss of the last virtual step and of the evaluation.
     lr, momentum, weight_decay: of the virtual steps. optimizer: the meta-network's own.
+    average: as in hypergradient; images and losses are then this process's own.
 
-    lambda is computed once, from the features at theta_0 taken as constants, and held; phi acts through
-    its values alone. So the hypergradient is taken for these values and handed on to phi by one backward.
-    Batch normalisation uses the batch's statistics. Source: arXiv 2207.11518.
+    lambda is computed once, from the features at theta_0 taken as constants, and stays the same for all virtual
+    steps; phi acts through the values of lambda alone. So the recursion gives the derivative for these values, and
+    one backward pass takes it on to phi. Each process has its own samples and so its own values: averages are
+    taken of phi's gradient, never of lambda's.
+    Batch normalisation uses the batch's statistics; dropout has the same masks in every pass. Source: arXiv 2207.11518.
     """
-    names, params = zip(*((name, p) for name, p in students.named_parameters() if p.requires_grad))
+    params = {name: p for name, p in students.named_parameters() if p.requires_grad}
+    devices = [images.device] if images.is_cuda else []
+    generators = [torch.default_generator, *(torch.cuda.default_generators[device.index] for device in devices)]
+    capturing = images.is_cuda and torch.cuda.is_current_stream_capturing()       # a CUDA graph seeds no generator
 
-    seeded = not (images.is_cuda and torch.cuda.is_current_stream_capturing())    # a CUDA graph cannot be
+    def forward(theta):
+        if not capturing:
+            for generator in generators:
+                generator.manual_seed(0)
+        return functional_call(students, dict(zip(params, theta, strict=True)), (images,))
 
-    def run(theta):
-        if seeded:
-            torch.manual_seed(0)                                          # a student's dropout: the same masks each time
-        return functional_call(students, dict(zip(names, theta)), (images,))
-
-    with batch_statistics(students), torch.random.fork_rng([images.device] if images.is_cuda else [], enabled=seeded):
+    with batch_statistics(students), no_tf32(), torch.random.fork_rng(devices, enabled=not capturing):
         with torch.no_grad():
-            features, _, _ = run(params)
+            features, _, _ = forward(params.values())
         weights = matching(features)                                      # [N, L, N, L, B], a function of phi
-        held = weights.detach().requires_grad_()
-        grad, = hypergradient(lambda theta: contrast(run(theta)[1], held), lambda theta: task(run(theta)[2]),
-                              params, [held], inner_steps=inner_steps, lr=lr, momentum=momentum,
-                              weight_decay=weight_decay, forward_mode=True)      # lambda acts on the embeddings
-    optimizer.zero_grad()
-    weights.backward(grad)
+        values = weights.detach().requires_grad_()                        # [N, L, N, L, B], a leaf
+        d_values, = _local_hypergradient(
+            lambda theta: contrast(forward(theta)[1], values), lambda theta: task(forward(theta)[2]),
+            list(params.values()), [values], inner_steps, lr, momentum, weight_decay,
+            forward_mode=True, average=average)                           # forward mode: lambda acts on the embeddings
+        optimizer.zero_grad()
+        weights.backward(d_values)
+    average_gradients(matching, average)
     optimizer.step()
 
 
 @contextmanager
 def batch_statistics(module):
-    """Batch normalisation in training mode leaves its running averages alone; it does not use them anyway."""
+    """Batch normalisation in training mode uses the batch's statistics and leaves the running ones alone."""
     tracking = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
     try:
         for m in tracking:
@@ -332,37 +253,64 @@ def batch_statistics(module):
             m.track_running_stats = True
 
 
+@contextmanager
+def no_tf32():
+    """CUDA computes in full float32: early in training the hypergradient loses most of its digits to rounding."""
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
 # ---------------------------------------------------------------- the picture
 
-def draw_matching(weights, names, file):
-    """A PNG of the mean matching weights: one panel per pair of students, stage by stage, the values written in.
+def draw_matching(weights, names, file, meta_steps):
+    """A PNG of the mean matching weights: one panel for each pair of students, stage by stage, the values written in.
 
-    weights [N, L, N, L], means of lambda over samples; names of the N students; file: a path or a binary file.
+    weights [N, L, N, L], means of lambda over samples; names of the N >= 2 students; file: a path or a binary file;
+    meta_steps: how many made the meta-network. The colours always run from 0.27 to 0.73, the range of lambda, so that
+    pictures can be compared. The picture is as wide as its texts need.
     """
-    weights, N, L = weights.detach().cpu(), len(names), weights.shape[1]
+    N, L = len(names), weights.shape[1]
+    blocks = weights.detach().cpu().transpose(1, 2).tolist()              # [N, N, L, L]
     pairs = [(a, b) for a in range(N) for b in range(a + 1, N)]
-    shown = torch.stack([weights[a, :, b] for a, b in pairs])             # [pairs, L, L]
-    low, high = shown.min().item(), shown.max().item()
-    cell, left, top, columns = 72, 96, 84, min(3, len(pairs))
-    width, height = left + L * cell + 24, top + L * cell + 24
-    picture = Image.new("RGB", (max(520, columns * width), 72 + -(-len(pairs) // columns) * height), "white")
+    low, high, light, dark = 1 / (1 + math.e), math.e / (1 + math.e), (237, 244, 252), (8, 61, 127)
+    fonts = {size: ImageFont.load_default(size) for size in (13, 15, 16, 17)}
+    title = "Mean layer-matching weight between stages of two students"
+    scale = "lightest 0.27: features opposed, 0.50: unrelated, darkest 0.73: alike; " \
+            f"after {meta_steps} meta step{'s' * (meta_steps != 1)}"
+    captions = [(f"rows: {a + 1} {names[a]}", f"columns: {b + 1} {names[b]}") for a, b in pairs]
+
+    cell, left, top, margin, columns = 72, 96, 92, 24, math.ceil(len(pairs) ** 0.5)
+    length = lambda text, size: math.ceil(fonts[size].getlength(text))
+    width = left + margin + max(L * cell, *(length(line, 13) for caption in captions for line in caption))
+    height = top + L * cell + margin
+    whole = max(columns * width, 2 * 16 + max(length(title, 17), length(scale, 13)))
+    picture = Image.new("RGB", (whole, 64 + -(-len(pairs) // columns) * height), "white")
     draw = ImageDraw.Draw(picture)
-    write = lambda x, y, text, size, fill="black", anchor="mm": draw.text(
-        (x, y), text, fill=fill, font=ImageFont.load_default(size), anchor=anchor)
-    write(16, 22, "Mean layer-matching weight between stages of two students", 17, anchor="lm")
-    write(16, 46, f"0.27: features opposed, 0.5: unrelated, 0.73: alike. Darkest {high:.4f}, lightest {low:.4f}", 13,
-          fill="dimgray", anchor="lm")
-    for i, ((a, b), block) in enumerate(zip(pairs, shown.tolist())):
-        x0, y0 = left + i % columns * width, 72 + top + i // columns * height
-        write(x0 + L * cell / 2, y0 - 60, f"rows: {a + 1} {names[a]},  columns: {b + 1} {names[b]}", 13)
-        for l in range(L):
-            write(x0 - 46, y0 + (l + 0.5) * cell, f"stage {l + 1}", 15)
-            write(x0 + (l + 0.5) * cell, y0 - 22, f"stage {l + 1}", 15)
-            for m in range(L):
-                depth = (block[l][m] - low) / max(high - low, 1e-12)      # 0 lightest, 1 darkest
-                box = (x0 + m * cell, y0 + l * cell, x0 + (m + 1) * cell - 3, y0 + (l + 1) * cell - 3)
-                draw.rectangle(box, fill=tuple(round(light + depth * (dark - light))
-                                               for light, dark in zip((237, 244, 252), (8, 61, 127))))
-                write(box[0] + cell / 2 - 2, box[1] + cell / 2 - 2, f"{block[l][m]:.3f}", 16,
-                      fill="white" if depth > 0.5 else "black")
+
+    def write(x, y, text, size, fill="black", anchor="mm"):
+        draw.text((x, y), text, fill=fill, font=fonts[size], anchor=anchor)
+
+    write(16, 22, title, 17, anchor="lm")
+    write(16, 46, scale, 13, fill="dimgray", anchor="lm")
+    for i, ((a, b), caption) in enumerate(zip(pairs, captions, strict=True)):
+        x0, y0 = left + i % columns * width, 64 + top + i // columns * height
+        for line, y in zip(caption, (y0 - 66, y0 - 48), strict=True):
+            write(x0, y, line, 13, anchor="lm")
+        for row in range(L):
+            write(x0 - 46, y0 + (row + 0.5) * cell, f"stage {row + 1}", 15)
+            write(x0 + (row + 0.5) * cell, y0 - 20, f"stage {row + 1}", 15)
+            for column in range(L):
+                value = blocks[a][b][row][column]
+                depth = (value - low) / (high - low)                      # 0 lightest, 1 darkest
+                x, y = x0 + column * cell, y0 + row * cell
+                fill = tuple(round(c + depth * (d - c)) for c, d in zip(light, dark, strict=True))
+                draw.rectangle((x, y, x + cell - 3, y + cell - 3), fill=fill)
+                write(x + cell / 2 - 2, y + cell / 2 - 2, f"{value:.3f}", 16, fill="white" if depth > 0.7 else "black")
     picture.save(file, format="PNG")

@@ -1,11 +1,17 @@
-"""Tests of data.py: `pytest test_data.py`, under 20 s on two cores, no network and no GPU needed."""
+"""Tests of data.py: `pytest test_data.py`, under 15 s on two cores, no network and no GPU needed."""
 
 import hashlib
 import io
+import multiprocessing
+import os
 import pickle
+import random
+import signal
 import tarfile
+import time
 import urllib.request
 from collections import Counter
+from dataclasses import replace
 from urllib.error import URLError
 
 import numpy as np
@@ -13,9 +19,10 @@ import pytest
 import torch
 import torchvision.transforms.functional as tvf
 from PIL import Image
+from torchvision.transforms import RandomResizedCrop
 
 import data
-from data import DataError, augment, epoch_plan, normalise
+from data import Batch, DataError, augment, cut, epoch_plan, normalise
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +30,48 @@ def synthetic():
     return data.load("synthetic")
 
 
-# ---------------------------------------------------------------- batches
+@pytest.fixture
+def small(synthetic):
+    """A short InMemory: 601 training and 1,030 test images."""
+    return replace(synthetic, **{f"{split}_{name}": getattr(synthetic, f"{split}_{name}")[:count]
+                                 for split, count in (("train", 601), ("test", 1030)) for name in ("images", "labels")})
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    """60 + 60 JPEG images of two classes, 40 x 30 pixels, to be streamed at 32."""
+    root = write_folder(tmp_path_factory.mktemp("stream"), count=30, size=(40, 30), ending="jpg")
+    return data.load("folder", root, stream=True)
+
+
+def write_folder(root, splits=("train", "test"), classes=("cat", "dog"), size=(32, 32), count=3, ending="png"):
+    for split in splits:
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.{ending}")
+    return root
+
+
+def columns(rows):
+    """The batches' columns, each joined."""
+    return [torch.cat(column) for column in zip(*rows, strict=True)]
+
+
+def equal(these, those):
+    """Whether two lists of tuples of tensors have the same bits."""
+    return all(a.equal(b) for pair in zip(these, those, strict=True) for a, b in zip(*pair, strict=True))
+
+
+def message(name, data_dir, **options):
+    with pytest.raises(DataError) as caught:
+        data.load(name, data_dir, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- plans
 
 EQUAL_100 = torch.arange(5000) % 100
 EQUAL_10 = torch.arange(1000) % 10
@@ -33,13 +81,14 @@ SINGLES = torch.arange(40)
 
 @pytest.mark.parametrize("labels, batch_size", [(EQUAL_100, 128), (EQUAL_10, 64), (UNEQUAL, 16), (UNEQUAL[1:], 16),
                                                 (UNEQUAL, 500), (SINGLES, 8), (torch.zeros(3, dtype=torch.int64), 2)])
-def test_plan_shows_every_image_once_in_spread_pairs(labels, batch_size):
+def test_plan_shows_every_image_once_in_spread_pairs_or_uniformly(labels, batch_size):
     n, steps = len(labels), len(labels) // batch_size
-    plan = epoch_plan(labels, batch_size, pad=4, seed=1, epoch=2)
-    assert len(plan) == steps
-    assert torch.cat([b.index for b in plan]).sort().values.equal(torch.arange(n))
-    sizes = [len(b.index) for b in plan]
-    assert max(sizes) - min(sizes) <= 2
+    for pairs in (False, True):
+        plan = epoch_plan(labels, batch_size, pad=4, seed=1, epoch=2, pairs=pairs)
+        assert len(plan) == steps
+        assert torch.cat([b.index for b in plan]).sort().values.equal(torch.arange(n))
+        sizes = [len(b.index) for b in plan]
+        assert max(sizes) - min(sizes) <= 1 + pairs and min(sizes) >= batch_size
 
     pairs_of = labels.bincount() // 2
     same = Counter()
@@ -58,22 +107,22 @@ def test_plan_of_cifar100():
     plan = epoch_plan(labels, 128, pad=4, seed=0, epoch=0)
     assert Counter(len(b.index) for b in plan) == {128: 350, 130: 40}
     assert all(len(labels[b.index].unique()) == len(b.index) // 2 for b in plan)  # all pairs differ in class
+    digest = hashlib.sha256(b"".join(column.numpy().tobytes() for column in columns(plan))).hexdigest()
+    assert digest.startswith("37917740b75a0f95")  # published logs were made with these batches
 
 
-def test_plan_is_a_function_of_seed_and_epoch():
+@pytest.mark.parametrize("pairs", [True, False])
+def test_plan_is_a_function_of_seed_and_epoch(pairs):
     def flat(seed, epoch):
-        return [torch.cat(column) for column in zip(*epoch_plan(EQUAL_100, 128, 4, seed, epoch))]
+        return columns(epoch_plan(EQUAL_100, 128, 4, seed, epoch, pairs))
 
-    state = torch.get_rng_state()
-    first = flat(0, 1)
     torch.manual_seed(99)
-    assert all(a.equal(b) for a, b in zip(first, flat(0, 1)))
-    assert not any(a.equal(b) for a, b in zip(first, flat(0, 2)))
-    assert not any(a.equal(b) for a, b in zip(first, flat(1, 0)))
-    assert not any(a.equal(b) for a, b in zip(first, flat(1, 1)))
-    torch.set_rng_state(state)
-    flat(0, 1)
+    state, first = torch.get_rng_state(), flat(0, 1)
     assert torch.get_rng_state().equal(state)
+    torch.manual_seed(7)
+    assert equal([first], [flat(0, 1)])
+    for other in (flat(0, 2), flat(1, 0), flat(1, 1)):
+        assert not any(a.equal(b) for a, b in zip(first, other, strict=True))
 
 
 def test_plan_is_shuffled():
@@ -83,27 +132,48 @@ def test_plan_is_shuffled():
         return {tuple(sorted(pair)) for b in plan for pair in b.index.view(-1, 2).tolist()}
 
     assert len(partners(first) & partners(second)) < 0.1 * len(EQUAL_100) / 2  # 1 / 49 expected
-    classes = torch.cat([EQUAL_100[b.index] for b in first])
-    assert abs(torch.corrcoef(torch.stack([classes.double(), torch.arange(5000.)]))[0, 1]) < 0.1
+    for plan in (first, epoch_plan(EQUAL_100, 128, 4, 0, 0, pairs=False)):
+        classes = EQUAL_100[columns(plan)[0]]
+        assert abs(torch.corrcoef(torch.stack([classes.double(), torch.arange(5000.)]))[0, 1]) < 0.1
     large = [len(b.index) > 128 for plan in (first, second) for b in plan]
     assert len(set(map(tuple, (large[:39], large[39:])))) == 2  # the large batches are at other places
 
 
 def test_plan_draws_offsets_and_flips_evenly():
-    plan = epoch_plan(EQUAL_100, 128, pad=4, seed=3, epoch=0)
-    for offsets in (torch.cat([b.top for b in plan]), torch.cat([b.left for b in plan])):
+    _, top, left, flip = columns(epoch_plan(EQUAL_100, 128, pad=4, seed=3, epoch=0))
+    for offsets in (top, left):
         assert offsets.dtype == torch.int64
         assert (offsets.bincount(minlength=9) - 5000 / 9).abs().max() < 100 and offsets.max() == 8
-    assert not plan[0].top.equal(plan[0].left)
-    flip = torch.cat([b.flip for b in plan])
+    assert not top.equal(left)
     assert flip.dtype == torch.bool and 2300 < flip.sum() < 2700
 
 
 @pytest.mark.parametrize("batch_size", [0, -2, 1, 7, 42])
-def test_plan_refuses_batch_sizes(batch_size):
-    with pytest.raises(ValueError, match="batch size"):
-        epoch_plan(SINGLES, batch_size, 4, 0, 0)
+def test_batch_sizes_that_do_not_fit(small, batch_size):
+    few = replace(small, train_labels=torch.arange(41))
+    assert few.steps_per_epoch(20) == 2
+    for refuse in (few.steps_per_epoch, lambda size: epoch_plan(SINGLES, size, 4, 0, 0)):
+        with pytest.raises(DataError, match="batch size .* 40 is the largest that fits"):
+            refuse(batch_size)
 
+
+@pytest.mark.parametrize("labels, unit", [(UNEQUAL, 2), (EQUAL_10, 2), (UNEQUAL, 1)])
+@pytest.mark.parametrize("size", [2, 3])
+def test_parts_are_equal_and_keep_pairs_together(labels, unit, size):
+    left_out = []
+    for epoch in (0, 1):
+        seen = []
+        for batch in epoch_plan(labels, 14, 4, 0, epoch, pairs=unit == 2):
+            parts = [cut(batch, (rank, size), pairs=unit == 2) for rank in range(size)]
+            assert {len(column) for part in parts for column in part} == {len(batch.index) // unit // size * unit}
+            joined = Batch(*columns(parts))
+            assert equal([joined], [[column[:len(joined.index)] for column in batch]])
+            seen.append(joined.index)
+        left_out.append(set(range(len(labels))) - set(torch.cat(seen).tolist()))
+    assert left_out[0] != left_out[1]
+
+
+# ---------------------------------------------------------------- batches
 
 @pytest.mark.parametrize("height, width, pad", [(32, 32, 4), (9, 7, 1), (8, 8, 0)])
 def test_augment_crops_as_torchvision_does(height, width, pad):
@@ -111,7 +181,7 @@ def test_augment_crops_as_torchvision_does(height, width, pad):
     for batch in epoch_plan(torch.arange(50) % 5, 20, pad, seed=0, epoch=0):
         crops = augment(images, batch, pad)
         assert crops.dtype == torch.uint8
-        for i, top, left, flip, crop in zip(*batch, crops):
+        for i, top, left, flip, crop in zip(*batch, crops, strict=True):
             want = tvf.crop(tvf.pad(images[i].permute(2, 0, 1), pad), top, left, height, width)
             want = tvf.hflip(want) if flip else want
             assert crop.permute(2, 0, 1).equal(want)
@@ -126,30 +196,74 @@ def test_normalise():
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
 
 
-def test_train_batches_and_their_tail(synthetic):
-    small = synthetic._replace(train_images=synthetic.train_images[:600], train_labels=synthetic.train_labels[:600])
-    batches = list(data.train_batches(small, 100, seed=5, epoch=3))
-    tail = list(data.train_batches(small, 100, seed=5, epoch=3, start=4))
-    assert len(batches) == 6 and len(tail) == 2
-    for (images, labels), (tail_images, tail_labels) in zip(batches[4:], tail):
-        assert images.equal(tail_images) and labels.equal(tail_labels)
-    plan = epoch_plan(small.train_labels, 100, 4, 5, 3)  # pad: an eighth of 32
+def test_batches_in_memory(small):
     mean, std = torch.tensor(small.mean), torch.tensor(small.std)
-    for (images, labels), batch in zip(batches, plan, strict=True):
-        assert images.equal(normalise(augment(small.train_images, batch, 4), mean, std))
-        assert labels.equal(small.train_labels[batch.index])
+    plan = epoch_plan(small.train_labels, 100, 4, 5, 3)  # pad: an eighth of 32
+    want = [(normalise(augment(small.train_images, b, 4), mean, std), small.train_labels[b.index], b.index)
+            for b in plan]
+    assert len(want) == 6 and equal(small.train_batches(100, seed=5, epoch=3), want)
+    assert equal(small.train_batches(100, seed=5, epoch=3, start=4), want[4:])
+    assert equal([columns(small.test_batches())], [(normalise(small.test_images, mean, std), small.test_labels)])
+    plain, crop = (replace(small, augmentation=name).draw(*plan[0])[0] for name in ("none", "crop"))
+    assert plain.equal(normalise(small.train_images[plan[0].index], mean, std))
+    flip = plan[0].flip[:, None, None, None]
+    assert crop.equal(torch.where(flip, want[0][0].flip(-1), want[0][0])) and not crop.equal(want[0][0])
+    calls, draw = [], small.draw
+    small.draw = lambda *batch: calls.append(batch) or draw(*batch)  # as a recording takes its place
+    assert equal(small.train_batches(100, seed=5, epoch=3), want) and equal(calls, plan)
 
 
-def test_test_batches_show_all_in_order(synthetic):
-    small = synthetic._replace(test_images=synthetic.test_images[:130], test_labels=synthetic.test_labels[:130])
-    images, labels = (torch.cat(parts) for parts in zip(*data.test_batches(small, batch_size=50)))
-    assert labels.equal(small.test_labels)
-    assert images.equal(normalise(small.test_images, torch.tensor(small.mean), torch.tensor(small.std)))
+@pytest.mark.parametrize("kind", ["small", "stream"])
+def test_batches_of_parts_are_rows_of_the_whole(request, kind):
+    dataset = request.getfixturevalue(kind)
+    for pairs in (True, False):
+        whole, *halves = (dataset.train_batches(14, 0, 0, 1, pairs=pairs, part=p) for p in ((0, 1), (0, 2), (1, 2)))
+        for batch, *parts in zip(whole, *halves, strict=True):
+            assert len(parts[0][0]) == len(parts[1][0]) >= 6
+            assert equal([columns(parts)], [[column[:2 * len(parts[0][0])] for column in batch]])
+    whole = columns(dataset.test_batches())
+    for rank in range(7):
+        assert equal([columns(dataset.test_batches(part=(rank, 7)))], [[column[rank::7] for column in whole]])
 
 
-def test_dataset_moves_to_a_device(synthetic):
-    moved = synthetic.to("meta")
-    assert [t.device.type for t in moved[1:5]] == ["meta"] * 4 and moved[5:] == synthetic[5:]
+@pytest.mark.parametrize("kind", ["small", "stream"])
+def test_dataset_moves_to_a_device(request, kind):
+    dataset = request.getfixturevalue(kind)
+    moved = dataset.to("meta")
+    tensors = [name for name, value in vars(dataset).items() if isinstance(value, torch.Tensor)]
+    assert len(tensors) >= 4 and {vars(moved)[name].device.type for name in tensors} == {"meta"}
+    assert type(moved) is type(dataset) and moved.classes == dataset.classes and moved.mean == dataset.mean
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_validation_split_of_a_folder_without_test(tmp_path, stream):
+    write_folder(tmp_path, splits=("train",), count=11)
+    (tmp_path / "train" / "dog" / "0.png").unlink()
+
+    def split(fraction=0.2, seed=0):
+        loaded = data.load("folder", tmp_path, stream=stream, validation_fraction=fraction, seed=seed)
+        return loaded, columns(loaded.test_batches("validation"))
+
+    loaded, (images, labels) = split()
+    assert labels.tolist() == [0] * 2 + [1] * 2 and loaded.train_labels.tolist() == [0] * 9 + [1] * 8
+    assert "the validation images are the test set too" in loaded.notes[-1]
+    assert equal(loaded.test_batches(), [(images, labels)])
+    assert equal([split()[1]], [(images, labels)]) and not split(seed=1)[1][0].equal(images)
+    if stream:
+        assert len({*loaded.train_files, *loaded.validation_files}) == 21
+    for fraction, want in ((0.01, [1, 1]), (0.99, [10, 9])):
+        assert split(fraction)[1][1].bincount().tolist() == want
+
+
+def test_validation_split_in_memory(synthetic, monkeypatch):
+    every = [getattr(synthetic, f"{split}_{name}") for split in ("train", "test") for name in ("images", "labels")]
+    monkeypatch.setattr(data, "_draw_synthetic", lambda size: (synthetic.classes, *every))
+    split = data.load("synthetic", validation_fraction=0.1)
+    assert split.validation_labels.bincount().tolist() == [50] * 20 and split.test_images.equal(synthetic.test_images)
+    both = torch.cat([split.train_images, split.validation_images]).numpy()
+    assert {image.tobytes() for image in both} == {image.tobytes() for image in synthetic.train_images.numpy()}
+    assert split.mean == data._mean_std(split.train_images)[0] != synthetic.mean
+    assert len(synthetic.validation_labels) == len(synthetic.validation_images) == 0
 
 
 # ---------------------------------------------------------------- synthetic
@@ -173,9 +287,6 @@ def test_synthetic_ignores_and_keeps_the_global_generator(synthetic):
     again = data.load("synthetic")
     assert torch.get_rng_state().equal(state)
     assert again.train_images.equal(synthetic.train_images) and again.test_images.equal(synthetic.test_images)
-
-
-def test_synthetic_image_size():
     draw = [data._draw(torch.arange(20), size, torch.Generator().manual_seed(0)) for size in (48, 24)]
     assert [tuple(images.shape) for images in draw] == [(20, 48, 48, 3), (20, 24, 24, 3)]
 
@@ -193,33 +304,18 @@ def test_synthetic_classes_cannot_be_told_by_colour(synthetic):
 
 # ---------------------------------------------------------------- a folder of images
 
-def write_folder(root, splits=("train", "test"), classes=("cat", "dog"), size=(32, 32), count=3):
-    for split in splits:
-        for name in classes:
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    return root
-
-
 def test_folder(tmp_path):
     write_folder(tmp_path, splits=("train", "val"))
-    (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
     loaded = data.load("folder", str(tmp_path))
-    assert loaded.classes == ["cat", "dog"]
+    assert loaded.classes == ["cat", "dog"] and loaded.notes == [] and loaded.resize == loaded.image_size == 32
     assert loaded.train_labels.tolist() == loaded.test_labels.tolist() == [0] * 3 + [1] * 3
     want = np.stack([np.asarray(Image.open(tmp_path / "train" / "dog" / f"{i}.png")) for i in range(3)])
     assert np.array_equal(loaded.train_images[3:].numpy(), want)
     pixels = loaded.train_images.double().flatten(0, 2) / 255
     torch.testing.assert_close(torch.tensor(loaded.mean), pixels.mean(0).float())
     torch.testing.assert_close(torch.tensor(loaded.std), pixels.std(0, correction=0).float())
-
-
-def test_folder_prefers_test_to_val(tmp_path):
-    write_folder(tmp_path)
-    write_folder(tmp_path, splits=("val",), count=1)
-    assert len(data.load("folder", tmp_path).test_images) == 6
+    write_folder(tmp_path, splits=("test",), count=1)  # goes before val
+    assert len(data.load("folder", tmp_path).test_images) == 2
 
 
 def red(mode):
@@ -239,15 +335,27 @@ def red(mode):
     return plain.convert(mode), (200, 20, 20)
 
 
-@pytest.mark.parametrize("mode, ending", [
-    ("RGB", "png"), ("RGB", "webp"), ("L", "png"), ("LA", "png"), ("1", "png"), ("P", "png"), ("RGBA", "png"),
-    ("CMYK", "tif"), ("I;16", "png"), ("I;16", "tif"), ("I;16", "pgm")])
-def test_folder_takes_every_kind_of_image(tmp_path, mode, ending):
-    image, want = red(mode)
-    image.save(tmp_path / f"image.{ending}", **({"lossless": True} if ending == "webp" else {}))
-    decoded = data._decode([(str(tmp_path / f"image.{ending}"), 0)], 32)
-    assert decoded.shape == (1, 32, 32, 3)
-    assert (decoded.int() - torch.tensor(want)).abs().max() <= 1
+KINDS = [("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("RGB", "png"), ("RGB", "webp"), ("L", "png"), ("LA", "png"),
+         ("1", "png"), ("P", "png"), ("P", "gif"), ("RGBA", "png"), ("CMYK", "tif"), ("I;16", "png"), ("I;16", "tif"),
+         ("I;16", "pgm")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_folder_takes_every_kind_of_image(tmp_path, stream):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i, (mode, ending) in enumerate(KINDS):
+                settings = {"webp": {"lossless": True}, "jpg": {"quality": 100, "subsampling": 0}}.get(ending, {})
+                red(mode)[0].save(tmp_path / split / name / f"{i:02}.{ending}", **settings)
+    loaded = data.load("folder", tmp_path, stream=stream, workers=1)
+    mean, std = loaded.mean_std[:, :, None, None]
+    images, labels = columns(loaded.test_batches())
+    assert labels.tolist() == [0] * len(KINDS) + [1] * len(KINDS)
+    for i, (mode, ending) in enumerate(KINDS):
+        error = (images[i] * std + mean) * 255 - torch.tensor(red(mode)[1])[:, None, None]
+        assert error.abs().max() < (4.01 if ending == "jpg" else 1.01), (mode, ending)
+    assert sum(len(batch[1]) for batch in loaded.train_batches(4, 0, 0)) == 2 * len(KINDS)
 
 
 def test_folder_takes_transparent_palettes_first_frames_and_orientation(tmp_path):
@@ -262,11 +370,14 @@ def test_folder_takes_transparent_palettes_first_frames_and_orientation(tmp_path
     exif = turned.getexif()
     exif[0x0112] = 3
     turned.save(tmp_path / "turned.png", exif=exif)
-    files = [(str(tmp_path / name), 0) for name in ("palette.png", "animated.webp", "turned.png")]
-    images = data._decode(files, 32)
+    turned.save(tmp_path / "turned.jpg", exif=exif, quality=100)
+    names = ["palette.png", "animated.webp", "turned.png", "turned.jpg"]
+    images = data._decode(tmp_path, np.array(names, "S"), 32)
     assert (images[0] == 255).all()
     assert (images[1] == torch.tensor([255, 0, 0])).all()
-    assert np.array_equal(images[2].numpy(), np.asarray(upright))
+    assert np.array_equal(images[2].numpy(), np.asarray(upright)) and images[3].equal(images[2])
+    assert all(data.read_image(tmp_path / name).permute(1, 2, 0).equal(image)
+               for name, image in zip(names, images, strict=True))
 
 
 @pytest.mark.parametrize("size", [(64, 40), (40, 64), (20, 10)])
@@ -275,70 +386,200 @@ def test_folder_resizes_the_shorter_side_and_crops_the_centre(tmp_path, size):
     ramp = np.broadcast_to(ramp if size[0] > size[1] else ramp[:, None], (size[1], size[0]))
     image = Image.fromarray(ramp.copy())
     image.save(tmp_path / "ramp.png")
-    decoded = data._decode([(str(tmp_path / "ramp.png"), 0)], 16)[0].int()
+    decoded = data._decode(tmp_path, np.array(["ramp.png"], "S"), 16)[0].int()
     scale = 16 / min(size)
     want = image.resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.BICUBIC)
     want = tvf.pil_to_tensor(tvf.center_crop(want, 16)).permute(1, 2, 0).int()
     assert decoded.shape == (16, 16, 3) and (decoded - want).abs().max() <= 8
 
 
-def test_folder_errors_say_where_and_how(tmp_path):
-    def message():
-        with pytest.raises(DataError) as caught:
-            data.load("folder", root)
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
-
+def test_folder_errors_say_where_and_how(tmp_path, monkeypatch):
     root = tmp_path / "data"
-    assert f"no folder {root} that" in message() and "train/CLASS" in message()
+    assert f"no folder {root} that" in message("folder", root) and "train/CLASS" in message("folder", root)
+    root.write_text("")
+    assert f"no folder {root} that" in message("folder", root)
+    root = tmp_path / "none"
     root.mkdir()
-    assert "no folder" in message() and str(root / "train") in message()
+    assert f'no folder {root / "train"}' in message("folder", root)
     (root / "train").mkdir()
-    assert "test or val" in message()
-    (root / "test").mkdir()
-    assert f'{root / "train"} has no class folders' in message()
-    write_folder(root / "one", classes=("cat",))
-    root = root / "one"
-    assert "one class only (cat)" in message()
+    assert f'{root / "train"} has no class folders' in message("folder", root)
+    root = write_folder(tmp_path / "alone", splits=("train",), count=1)
+    assert "no folder" in message("folder", root) and "--validation-fraction 0.1" in message("folder", root)
+    assert "one image alone cannot be split, class cat, dog" in message("folder", root, validation_fraction=0.5)
+    root = write_folder(tmp_path / "one", classes=("cat",))
+    assert "one class only (cat)" in message("folder", root)
     root = write_folder(tmp_path / "differ")
     (root / "test" / "dog").rename(root / "test" / "cow")
-    assert f'only in {root / "train"}: dog' in message() and f'only in {root / "test"}: cow' in message()
+    assert f'only in {root / "train"}: dog; only in {root / "test"}: cow' in message("folder", root)
     root = write_folder(tmp_path / "empty")
     for file in (root / "train" / "dog").iterdir():
         file.rename(file.with_suffix(".txt"))
-    assert "in class dog" in message()
+    assert "in class dog" in message("folder", root)
+    root = write_folder(tmp_path / "pipe")
+    os.mkfifo(root / "test" / "dog" / "3.png")  # to open it would wait for ever
+    assert f'{root / "test" / "dog" / "3.png"} is no file (a FIFO' in message("folder", root)
     root = write_folder(tmp_path / "truncated", size=(64, 64))
     file = root / "test" / "dog" / "1.png"
-    file.write_bytes(file.read_bytes()[:2000])
-    assert str(file) in message()
-    file.write_bytes(b"")
-    assert str(file) in message()
-    root = tmp_path / "a file"
-    root.write_text("")
-    assert "no folder" in message()
+    for content in (file.read_bytes()[:2000], b""):
+        file.write_bytes(content)
+        assert f"cannot read image {file} (" in message("folder", root)
+    root = write_folder(tmp_path / "bomb")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert "0.png" in message("folder", root) and "decompression bomb" in message("folder", root)
 
-
-def test_folder_without_permission(tmp_path, monkeypatch):
     def denied(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    write_folder(tmp_path)
-    monkeypatch.setattr(data, "find_classes", denied)
-    with pytest.raises(DataError, match=f'{tmp_path / "train"}.*Permission denied'):
-        data.load("folder", tmp_path)
+    monkeypatch.setattr(os, "scandir", denied)
+    assert f'cannot list {root / "train"}: [Errno 13] Permission denied' in message("folder", root)
 
 
-def test_folder_with_a_decompression_bomb(tmp_path, monkeypatch):
-    write_folder(tmp_path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DataError, match="0.png.*decompression bomb"):
-        data.load("folder", tmp_path)
+def test_folder_names_what_it_leaves_out(tmp_path):
+    root = write_folder(tmp_path / "root")
+    cat, dog = root / "train" / "cat", root / "train" / "dog"
+    for path in (cat / "a.txt", cat / "b.txt", root / "train" / "readme", cat / ".hidden.png"):
+        path.write_text("not an image")
+    write_folder(root / "train", splits=(".checkpoints",))
+    (cat / "deep" / "er").mkdir(parents=True)
+    (cat / "0.png").rename(cat / "deep" / "er" / "0.png")
+    (dog / "cats").symlink_to(cat)  # no loop: the same images again
+    (cat / "dogs").symlink_to(dog)
+    (cat / "up").symlink_to(root)  # walked again and again this would make 120 images 4,920
+    loaded = data.load("folder", root, stream=True)
+    own = {cat: ["1.png", "2.png", "deep/er/0.png"], dog: ["0.png", "1.png", "2.png"]}
+    want = [*own[cat], *(f"dogs/{name}" for name in own[dog]), *own[dog], *(f"cats/{name}" for name in own[cat])]
+    want = [f"train/{name}/{file}" for name, file in zip(["cat"] * 6 + ["dog"] * 6, want, strict=True)]
+    assert loaded.train_files.astype(str).tolist() == want and loaded.train_labels.tolist() == [0] * 6 + [1] * 6
+    loops = {note.split()[0] for note in loaded.notes[:-1] if "leads back" in note}
+    assert loops == {str(root / "train" / name) for name in ("cat/up", "cat/dogs/cats", "dog/cats/up", "dog/cats/dogs")}
+    assert len(loaded.notes) == 5 and f'{root / "train"}: 5 files skipped' in loaded.notes[-1]
 
 
-def test_unknown_data_set():
-    with pytest.raises(DataError, match="mnist.*cifar100"):
-        data.load("mnist")
+def test_interrupt_drops_the_images_that_wait(tmp_path, monkeypatch):
+    Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
+    calls, true_rgb = [], data._rgb
+
+    def slow(image):
+        calls.append(0)
+        if len(calls) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.002)
+        return true_rgb(image)
+
+    monkeypatch.setattr(data, "_rgb", slow)
+    with pytest.raises(KeyboardInterrupt):
+        data._decode(tmp_path, np.array(["image.png"] * 4000, "S"), 32)
+    assert len(calls) < 1000
+
+
+@pytest.mark.parametrize("name, options, words", [
+    ("mnist", {}, ("mnist", "cifar100")), ("cifar10", {"image_size": 64}, ("32 pixels, not 64",)),
+    ("synthetic", {"stream": True}, ("leave --stream out",)), ("synthetic", {"augment": "flip"}, ("flip", "crop-flip")),
+    ("synthetic", {"validation_fraction": 1}, ("less than 1",))])
+def test_wrong_options(name, options, words):
+    assert all(word in message(name, "data", **options) for word in words)
     assert str(DataError("two\nlines")) == "two lines"
+
+
+# ---------------------------------------------------------------- streaming
+
+def test_stream_gives_the_same_bits_with_any_workers_from_any_step(stream):
+    state = torch.get_rng_state()
+    whole = list(stream.train_batches(20, seed=1, epoch=2))
+    assert len(whole) == 3 and columns(whole)[2].sort().values.equal(torch.arange(60))
+    for images, labels, index in whole:
+        assert images.shape == (20, 3, 32, 32) and images.dtype == torch.float32
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert labels.equal(stream.train_labels[index]) and labels[::2].equal(labels[1::2])
+    for workers in (0, 2):
+        other = replace(stream, workers=workers)
+        assert equal(other.train_batches(20, seed=1, epoch=2), whole)
+        assert equal(other.train_batches(20, seed=1, epoch=2, start=1), whole[1:])
+    for seed, epoch in ((1, 3), (2, 2)):
+        assert not next(stream.train_batches(20, seed, epoch))[0].equal(whole[0][0])
+    assert torch.get_rng_state().equal(state)
+
+
+def test_stream_crops_are_a_function_of_the_image(stream):
+    """The same image in another batch has the same crop; without its flip it is the mirror image."""
+    def by_index(dataset, batch_size, pairs):
+        images, _, index = columns(dataset.train_batches(batch_size, 1, 2, pairs=pairs))
+        return images[index.argsort()]
+
+    pairs, crop = by_index(stream, 20, True), by_index(replace(stream, augmentation="crop"), 20, True)
+    assert pairs.equal(by_index(stream, 30, False))
+    flipped = (pairs != crop).flatten(1).any(1)
+    assert 15 < flipped.sum() < 45 and pairs[flipped].equal(crop[flipped].flip(-1))
+
+
+def test_stream_views_are_those_of_torchvision(stream):
+    def close(got, want):  # v2's arithmetic in uint8 rounds otherwise than float32
+        got = got * stream.mean_std[1][:, None, None] + stream.mean_std[0][:, None, None]
+        return (255 * got - want).abs().max() < 1.01
+
+    image = data.read_image(os.path.join(stream.data_dir, "test", "cat", "0.jpg"))
+    assert image.equal(tvf.pil_to_tensor(Image.open(os.path.join(stream.data_dir, "test", "cat", "0.jpg"))))
+    centre = tvf.center_crop(tvf.resize(image, [37], antialias=True), [32, 32])  # 37 = round(32 * 256 / 224)
+    assert stream.resize == 37 and close(next(stream.test_batches())[0][0], centre)
+    images, _, index = next(replace(stream, augmentation="none").train_batches(20, 0, 0))
+    again = torch.cat([batch[0] for batch in replace(stream, test_files=stream.train_files).test_batches()])
+    assert images.equal(again[index])
+    for i in range(8):
+        generator = random.Random(f"seed,{i}")
+        flip, box = generator.random() < 0.5, data.crop_box(30, 40, generator)
+        want = tvf.resized_crop(image, *box, [32, 32], antialias=True).int()
+        assert (data.random_view("seed", 32, True, image, i) - (want.flip(-1) if flip else want)).abs().max() <= 1
+
+
+def test_crop_boxes_are_those_of_random_resized_crop():
+    torch.manual_seed(0)
+    limits = torch.empty(3, 300, 400), (0.08, 1), (3 / 4, 4 / 3)
+    mine = torch.tensor([data.crop_box(300, 400, random.Random(str(i))) for i in range(2000)]).double()
+    theirs = torch.tensor([RandomResizedCrop.get_params(*limits) for _ in range(2000)]).double()
+    for statistic in (lambda box: box, lambda box: box[:, 2] * box[:, 3], lambda box: (box[:, 3] / box[:, 2]).log()):
+        a, b = statistic(mine), statistic(theirs)
+        assert ((a.mean(0) - b.mean(0)).abs() < 0.13 * b.std(0)).all()  # 4 standard errors
+        assert ((a.std(0) / b.std(0)).log().abs() < 0.1).all()
+    assert (mine >= 0).all() and (mine[:, :2] + mine[:, 2:] <= torch.tensor([300, 400])).all()
+    for size, box in (((10, 1000), (0, 493, 10, 13)), ((1000, 10), (493, 0, 13, 10))):  # none fits: the middle
+        assert data.crop_box(*size, random.Random("0")) == box == RandomResizedCrop.get_params(
+            torch.empty(3, *size), *limits[1:])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stream_names_a_broken_file_in_one_line(tmp_path, workers):
+    loaded = data.load("folder", write_folder(tmp_path, size=(90, 90), ending="jpg"), stream=True, workers=workers)
+    broken = tmp_path / "train" / "dog" / "1.jpg"
+    broken.write_bytes(broken.read_bytes()[:2000])
+    with pytest.raises(DataError) as caught:
+        list(loaded.train_batches(2, 0, 0))
+    assert f"cannot read image {broken} (" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_imagenet_has_its_own_size_statistics_and_folders(tmp_path):
+    write_folder(tmp_path, splits=("train", "val"), count=2)
+    (tmp_path / "test").mkdir()  # of images without labels
+    loaded = data.load("imagenet", tmp_path)
+    assert (loaded.image_size, loaded.resize, loaded.name) == (224, 256, "imagenet")
+    assert loaded.mean == (0.485, 0.456, 0.406) and loaded.std == (0.229, 0.224, 0.225)
+    assert len(loaded.test_labels) == 4 and next(loaded.test_batches())[0].shape == (4, 3, 224, 224)
+
+
+def test_workers_ignore_signals_and_a_killed_one_is_one_line(stream, monkeypatch):
+    poll = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(poll, "__defaults__", (0.1,))  # seconds, 5 otherwise
+    before, batches = multiprocessing.active_children(), replace(stream, workers=1).train_batches(2, 0, 0)
+    next(batches)
+    [worker] = set(multiprocessing.active_children()) - set(before)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(worker.pid, number)
+    for _ in range(9):
+        next(batches)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()  # nothing is raised here, in the middle of a step
+    with pytest.raises(DataError, match="a process that reads images has ended .*--workers") as caught:
+        list(batches)
+    assert "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------- CIFAR
@@ -395,10 +636,10 @@ def test_cifar_is_fetched_checked_and_unpacked(stand_in, tmp_path, capsys):
         assert images.dtype == torch.uint8 and images.is_contiguous() and np.array_equal(images.numpy(), want)
         assert labels.dtype == torch.int64 and labels.tolist() == [0, 1, 2, 2, 1, 0] * len(files)
     assert loaded.classes == ["apple", "bear", "cup"]
-    assert loaded.mean[0] == {"cifar100": 0.5071, "cifar10": 0.4914}[name]
     archive.unlink()
-    data.load(name, tmp_path / "new" / "data")  # the second time from the disk
+    split = data.load(name, tmp_path / "new" / "data", validation_fraction=0.5)  # the second time from the disk
     assert capsys.readouterr().out == ""
+    assert split.mean[0] == loaded.mean[0] == {"cifar100": 0.5071, "cifar10": 0.4914}[name]
 
 
 @pytest.mark.parametrize("which", ["train", "test", "meta"])
@@ -409,25 +650,18 @@ def test_cifar_never_unpickles_a_changed_file(stand_in, tmp_path, which):
     (tmp_path / cifar.base_folder / changed).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     (tmp_path / cifar.filename).unlink()  # or it would be unpacked again
     archive.unlink()
-    with pytest.raises(DataError, match=f"--dataset {name}"):
-        data.load(name, tmp_path)
+    assert f"--dataset {name}" in message(name, tmp_path)
     assert not (tmp_path / "sprung").exists()
 
 
 def test_cifar_never_unpacks_a_changed_archive(stand_in, tmp_path):
     name, cifar, archive, _ = stand_in
     archive.write_bytes(archive.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"wrong MD5.*delete"):
-        data.load(name, tmp_path)
+    assert "wrong MD5); delete" in message(name, tmp_path)
     assert not (tmp_path / cifar.base_folder).exists()
-
-
-def test_cifar_names_a_damaged_archive_when_there_is_no_network(stand_in, tmp_path):
-    name, cifar, archive, _ = stand_in
-    archive.unlink()
+    archive.unlink()  # no network, half a file there
     (tmp_path / cifar.filename).write_bytes(b"half of it")
-    with pytest.raises(DataError, match=f"{tmp_path / cifar.filename} found there is damaged"):
-        data.load(name, tmp_path)
+    assert f"{tmp_path / cifar.filename} found there is damaged" in message(name, tmp_path)
 
 
 @pytest.mark.parametrize("error", [URLError("Name or service not known"), TimeoutError("timed out"),
@@ -440,13 +674,9 @@ def test_cifar_without_network_names_the_ways_out(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(urllib.request, "urlopen", fail)
-    with pytest.raises(DataError) as caught:
-        data.load("cifar100", tmp_path)
-    message = str(caught.value)
-    assert "\n" not in message and str(error.args[0]) in message
-    for part in ("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", str(tmp_path / "cifar-100-python.tar.gz"),
-                 "--dataset folder --data-dir DIR", "--dataset synthetic"):
-        assert part in message
+    for part in (str(error.args[0]), "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+                 str(tmp_path / "cifar-100-python.tar.gz"), "--dataset folder --data-dir DIR", "--dataset synthetic"):
+        assert part in message("cifar100", tmp_path)
     assert all(0 < t <= 20 for t in timeouts) and timeouts and data.socket.getdefaulttimeout() is None
 
 
@@ -455,17 +685,7 @@ def test_cifar_on_a_disk_that_refuses(tmp_path, monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(data.datasets.cifar, "download_and_extract_archive", fail)
-    with pytest.raises(DataError, match=f"--data-dir {tmp_path}.*{error.strerror}"):
-        data.load("cifar100", tmp_path)
-
-
-def test_cifar_where_data_dir_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=f'--data-dir {tmp_path / "file"}'):
-        data.load("cifar100", tmp_path / "file")
-
-
-def test_cifar_has_one_size():
-    with pytest.raises(DataError, match="32 pixels, not 64"):
-        data.load("cifar10", image_size=64)
+    assert f'--data-dir {tmp_path / "file"}: cannot hold' in message("cifar100", tmp_path / "file")
+    monkeypatch.setattr(data.datasets.cifar, "download_and_extract_archive", fail)
+    assert f"--data-dir {tmp_path}" in message("cifar100", tmp_path) and error.strerror in message("cifar100", tmp_path)

@@ -1,19 +1,28 @@
 """losses.py against Python loops written from the formulas, in float64."""
 
+import itertools
 import math
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
-from train import CountOperations
 
 LABELS = {
     "pairs": [0, 0, 1, 1, 2, 2, 3, 3],
     "unequal": [0, 0, 0, 0, 1, 1, 1, 2],        # one class of four, one of three, one alone
     "one class": [5] * 8,
     "no positive": list(range(8)),
+}
+SAME_CLASS = {                                  # [6, 10], the negatives that an anchor leaves out
+    "none": torch.zeros(6, 10, dtype=torch.bool),
+    "some": torch.rand(6, 10, generator=torch.Generator().manual_seed(0)) < 0.4,
+    "a row and a column": (torch.arange(6)[:, None] == 2) | (torch.arange(10) == 7),
+    "all": torch.ones(6, 10, dtype=torch.bool),
 }
 
 
@@ -27,79 +36,125 @@ def symmetric_weights(N, L, B, seed=0):
     return (w + w.permute(2, 3, 0, 1, 4)) / 2
 
 
-# ---------------------------------------------------------------- the oracle: one anchor, one sum at a time
-
-def naive_nce(u, v, y, i, tau):
-    """nce(u, v)_i, or None if anchor i has no positive."""
-    s = [(u[i] @ v[j] / tau).item() for j in range(len(y))]
-    positive = [j for j in range(len(y)) if j != i and y[j] == y[i]]
-    denominator = sum(math.exp(s[k]) for k in range(len(y)) if k != i)
-    return -sum(math.log(math.exp(s[j]) / denominator) for j in positive) / len(positive) if positive else None
+def bank(*sets, B=6, K=10, D=5, dtype=torch.float64):
+    """own, positive, negatives: rows of the bank for embedding sets of shape `sets`, [N] or [N, L]."""
+    return [unit(*sets, rows, D, dtype=dtype, seed=rows + i) for i, rows in enumerate((B, B, K))]
 
 
-def naive_kl(scores_p, scores_q, T):
-    p, q = ([math.exp(x / T) for x in s.tolist()] for s in (scores_p, scores_q))
-    return T ** 2 * sum(b / sum(q) * math.log(b / sum(q) / (a / sum(p))) for a, b in zip(p, q))
+def total(r):
+    return 0.1 * r["vcl"] + r["soft_vcl"] + 0.3 * r["icl"] + 0.7 * r["soft_icl"]
 
 
-def naive_terms(z_a, z_b, y, tau, T):
-    """Per-anchor lists of the pair term's four parts for the ordered pair (a, b): both VCL, both ways of the rest."""
-    B, S = len(y), lambda u, v, i: u[i] @ v.T / tau
-    hard = lambda u, v: [naive_nce(u, v, y, i, tau) for i in range(B)]
-    add = lambda p, q: [None if x is None else x + w for x, w in zip(p, q)]
-    return dict(
-        vcl=add(hard(z_a, z_a), hard(z_b, z_b)),
-        icl=add(hard(z_a, z_b), hard(z_b, z_a)),
-        soft_vcl=[naive_kl(S(z_a, z_a, i), S(z_b, z_b, i), T) + naive_kl(S(z_b, z_b, i), S(z_a, z_a, i), T) for i in range(B)],
-        soft_icl=[naive_kl(S(z_a, z_b, i), S(z_b, z_a, i), T) + naive_kl(S(z_b, z_a, i), S(z_a, z_b, i), T) for i in range(B)])
+# ---------------------------------------------------------------- the oracle: one pair, one anchor at a time
+#
+# columns(s, t, i) of anchor i of set s against set t: scores [M], the positives' indices, the hard losses' candidates.
+
+def batch_columns(z, y, tau):
+    def columns(s, t, i):
+        others = [j for j in range(len(y)) if j != i]
+        return z[t] @ z[s][i] / tau, [j for j in others if y[j] == y[i]], others
+    return columns
+
+
+def bank_columns(z, own, positive, negatives, same_class, tau):
+    def columns(s, t, i):
+        kept = [negatives[t][k] for k in range(negatives[t].shape[0]) if not same_class[i, k]]
+        first = [positive[t][i]] if s == t else [own[t][i], positive[t][i]]
+        rows = torch.stack(first + kept)
+        return rows @ z[s][i] / tau, list(range(len(first))), list(range(len(rows)))
+    return columns
+
+
+def naive_nce(scores, positive, candidates):
+    """None without a positive."""
+    partition = scores[candidates].exp().sum()
+    return -sum((scores[j].exp() / partition).log() for j in positive) / len(positive) if positive else None
+
+
+def naive_kl(student, teacher, T):
+    p, q = ((scores / T).exp() / (scores / T).exp().sum() for scores in (student, teacher.detach()))
+    return T ** 2 * sum(q_j * (q_j / p_j).log() for p_j, q_j in zip(p, q, strict=True))
 
 
 def naive_mean(values, weights):
-    kept = [w * x for x, w in zip(values, weights) if x is not None]
-    return sum(kept) / len(kept) if kept else 0.0
+    kept = [w * x for x, w in zip(values, weights, strict=True) if x is not None]
+    return sum(kept) / len(kept) if kept else torch.tensor(0.0, dtype=torch.float64)
 
 
-def naive_lmcl(z, y, w, tau, T):
-    N, L = z.shape[:2]
-    total = dict.fromkeys(("vcl", "soft_vcl", "icl", "soft_icl"), 0.0)
-    for a in range(N):
-        for b in range(N):
-            for l in range(L):
-                for m in range(L):
-                    if a != b:
-                        for k, values in naive_terms(z[a, l], z[b, m], y, tau, T).items():
-                            total[k] += naive_mean(values, w[a, l, b, m].tolist())
-    return total
+def naive_terms(columns, s, t, w, T):
+    """One direction of the pair: VCL_s, ICL_{s,t}, Soft VCL_{s<-t}, Soft ICL_{s<-t}, each anchor i weighted by w[i]."""
+    scores = lambda s, t, i: columns(s, t, i)[0]
+    anchors = range(len(w))
+    return dict(vcl=naive_mean([naive_nce(*columns(s, s, i)) for i in anchors], w),
+                icl=naive_mean([naive_nce(*columns(s, t, i)) for i in anchors], w),
+                soft_vcl=naive_mean([naive_kl(scores(s, s, i), scores(t, t, i), T) for i in anchors], w),
+                soft_icl=naive_mean([naive_kl(scores(s, t, i), scores(t, s, i), T) for i in anchors], w))
 
 
-# ---------------------------------------------------------------- values
+def naive_lmcl(columns, w, T):
+    sets, result = list(itertools.product(*map(range, w.shape[:2]))), dict(vcl=0, soft_vcl=0, icl=0, soft_icl=0)
+    for s, t in itertools.product(sets, sets):
+        if s[0] != t[0]:                                                  # s = (a, l), t = (b, m), a != b
+            for one, other in ((s, t), (t, s)):                           # the pair's term holds both directions
+                for k, v in naive_terms(columns, one, other, w[s + t], T).items():
+                    result[k] = result[k] + v
+    return result
 
-@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
-@pytest.mark.parametrize("N, L, tau, T", [(2, 3, 0.1, 3.0), (3, 2, 0.07, 4.0)])
-def test_lmcl_equals_naive_loops(labels, N, L, tau, T):
-    z, w = unit(N, L, 8, 5), symmetric_weights(N, L, 8)
-    ours, naive = losses.lmcl_loss(z, torch.tensor(labels), w, tau, T), naive_lmcl(z, labels, w, tau, T)
+
+def naive_mcl(columns, N, B, T):
+    one, result = torch.ones(B), dict(vcl=0, soft_vcl=0, icl=0, soft_icl=0)
+    for a, b in itertools.permutations(range(N), 2):
+        for k, v in naive_terms(columns, a, b, one, T).items():
+            if k != "vcl" or b == (a + 1) % N:                            # VCL once a student
+                result[k] = result[k] + v
+    return result
+
+
+def assert_same(ours, naive, z):
+    """Values, and the gradient of their weighted sum for z."""
     assert ours.keys() == naive.keys()
     for k in naive:
-        assert ours[k].item() == pytest.approx(naive[k], rel=1e-12, abs=1e-14), k
+        assert ours[k].item() == pytest.approx(naive[k].item(), rel=1e-12, abs=1e-13), k
+    (mine,), (true,) = (torch.autograd.grad(total(r), z, retain_graph=True) for r in (ours, naive))
+    assert torch.allclose(mine, true, rtol=1e-10, atol=1e-12)
+
+
+# ---------------------------------------------------------------- values and gradients
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize("N, L, tau, T", [(2, 2, 0.1, 3.0), (3, 1, 0.07, 4.0)])
+def test_lmcl_equals_naive_loops(labels, N, L, tau, T):
+    z, w = unit(N, L, 8, 5).requires_grad_(), symmetric_weights(N, L, 8)
+    ours = losses.lmcl_loss(z, torch.tensor(labels), w, tau, T)
+    assert_same(ours, naive_lmcl(batch_columns(z, labels, tau), w, T), z)
 
 
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
 def test_mcl_and_pair_functions_equal_naive_loops(labels):
-    z, y, one, tau, T = unit(3, 8, 5), torch.tensor(labels), [1.0] * 8, 0.1, 3.0
-    pairs = [(a, b) for a in range(3) for b in range(3) if a != b]
-    hard = lambda u, v: naive_mean([naive_nce(u, v, labels, i, tau) for i in range(8)], one)
-    soft = lambda u, v, s, t: naive_mean([naive_kl(u[i] @ v.T / tau, s[i] @ t.T / tau, T) for i in range(8)], one)
-    naive = dict(vcl=sum(hard(x, x) for x in z), icl=sum(hard(z[a], z[b]) for a, b in pairs),
-                 soft_vcl=sum(soft(z[a], z[a], z[b], z[b]) for a, b in pairs),
-                 soft_icl=sum(soft(z[a], z[b], z[b], z[a]) for a, b in pairs))
-    batched = losses.mcl_loss(z, y, tau, T)
-    paired = dict(vcl=sum(losses.vcl(x, y, tau) for x in z), icl=sum(losses.icl(z[a], z[b], y, tau) for a, b in pairs),
-                  soft_vcl=sum(losses.soft_vcl(z[a], z[b], tau, T) for a, b in pairs),
-                  soft_icl=sum(losses.soft_icl(z[a], z[b], tau, T) for a, b in pairs))
-    for k in naive:
-        assert batched[k].item() == pytest.approx(naive[k], rel=1e-12, abs=1e-14), k
-        assert paired[k].item() == pytest.approx(naive[k], rel=1e-12, abs=1e-14), k
+    z, y, tau, T = unit(3, 8, 5).requires_grad_(), torch.tensor(labels), 0.1, 3.0
+    pairs = list(itertools.permutations(range(3), 2))
+    naive = naive_mcl(batch_columns(z, labels, tau), 3, 8, T)
+    assert_same(losses.mcl_loss(z, y, tau, T), naive, z)
+    assert_same(dict(vcl=sum(losses.vcl(x, y, tau) for x in z),
+                     soft_vcl=sum(losses.soft_vcl(z[a], z[b], tau, T) for a, b in pairs),
+                     icl=sum(losses.icl(z[a], z[b], y, tau) for a, b in pairs),
+                     soft_icl=sum(losses.soft_icl(z[a], z[b], tau, T) for a, b in pairs)),
+                naive, z)
+
+
+@pytest.mark.parametrize("same_class", SAME_CLASS.values(), ids=SAME_CLASS)
+@pytest.mark.parametrize("N, L, tau, T", [(2, 2, 0.07, 3.0), (3, 1, 0.1, 0.5)])
+def test_lmcl_bank_equals_naive_loops(same_class, N, L, tau, T):
+    z, w, rows = unit(N, L, 6, 5).requires_grad_(), symmetric_weights(N, L, 6), bank(N, L)
+    ours = losses.lmcl_bank_loss(z, *rows, same_class, w, tau, T)
+    assert_same(ours, naive_lmcl(bank_columns(z, *rows, same_class, tau), w, T), z)
+
+
+@pytest.mark.parametrize("same_class", SAME_CLASS.values(), ids=SAME_CLASS)
+def test_mcl_bank_equals_naive_loops(same_class):
+    z, rows = unit(3, 6, 5).requires_grad_(), bank(3)
+    naive = naive_mcl(bank_columns(z, *rows, same_class, 0.07), 3, 6, 3.0)
+    assert_same(losses.mcl_bank_loss(z, *rows, same_class), naive, z)
 
 
 def test_identical_features_give_log_of_the_number_of_others():
@@ -111,15 +166,24 @@ def test_identical_features_give_log_of_the_number_of_others():
     assert r["soft_vcl"].item() == pytest.approx(0, abs=1e-12)
 
 
-def test_a_b_blocks_are_ignored_and_term_is_linear_in_the_weights():
-    z, y, w = unit(2, 3, 8, 5), torch.tensor(LABELS["unequal"]), symmetric_weights(2, 3, 8)
+def in_batch(z, w):
+    return losses.lmcl_loss(z, torch.tensor([0, 0, 0, 1, 1, 2]), w, tau=0.5)
+
+
+def against_bank(z, w):
+    return losses.lmcl_bank_loss(z, *bank(2, 2, dtype=torch.float16), SAME_CLASS["some"], w, tau=0.5)
+
+
+@pytest.mark.parametrize("loss", [in_batch, against_bank])
+def test_weights_none_means_ones_and_a_b_blocks_are_ignored(loss):
+    z, w = unit(2, 2, 6, 5), symmetric_weights(2, 2, 6)
     spoiled = w.clone()
     for a in range(2):
         spoiled[a, :, a] = math.nan
-    first, second, double = (losses.lmcl_loss(z, y, x) for x in (w, spoiled, 2 * w))
+    first, second, ones, none = (loss(z, x) for x in (w, spoiled, torch.ones_like(w), None))
     for k in first:
         assert torch.equal(first[k], second[k])
-        assert double[k].item() == pytest.approx(2 * first[k].item(), rel=1e-12)
+        assert torch.equal(ones[k], none[k])
 
 
 def test_mutual_information_bound():
@@ -136,26 +200,34 @@ def test_distillation_and_cross_entropy():
     for a in range(2):
         for b in range(2):
             naive = sum(naive_kl(student[a, 0, i], teacher[0, b, i], 3.0) for i in range(8)) / 8
-            assert ours[a, b].item() == pytest.approx(naive, rel=1e-12)
+            assert ours[a, b].item() == pytest.approx(naive.item(), rel=1e-12)
     y = torch.tensor(LABELS["unequal"])
     heads = [F.cross_entropy(student[a, 0], y).item() for a in range(2)]
     assert losses.cross_entropy(student, y).item() == pytest.approx(sum(heads), rel=1e-12)
 
 
-# ---------------------------------------------------------------- gradients
+def test_adversarial_losses_by_hand():
+    own, peer = torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    assert losses.generator_loss(own).item() == pytest.approx((1 + 0) / 2 + (0.25 + 0.25) / 2)
+    assert losses.discriminator_loss(own, peer).item() == pytest.approx((0 + 1) / 2 + (0.25 + 0.25) / 2 + 0.5 + 0.5)
 
-def total(r):
-    return 0.1 * r["vcl"] + r["soft_vcl"] + 0.1 * r["icl"] + r["soft_icl"]
 
+# ---------------------------------------------------------------- derivatives
 
-@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
-def test_gradcheck_of_hard_terms_and_second_derivatives(labels):
-    """The hard terms have no constant side, so finite differences must agree, twice (the meta step needs both)."""
-    y, w = torch.tensor(labels), symmetric_weights(2, 2, 8).requires_grad_()
-    z = unit(2, 2, 8, 3).requires_grad_()
-    hard = lambda z, w: (lambda r: r["vcl"] + r["icl"])(losses.lmcl_loss(z, y, w, tau=0.5))
+@pytest.mark.parametrize("loss", [
+    *(lambda z, w, y=y: losses.lmcl_loss(z, torch.tensor(y[:6]), w, tau=0.5) for y in LABELS.values()), against_bank,
+    lambda z, w: losses.lmcl_bank_loss(z, *bank(2, 2), SAME_CLASS["all"], w, tau=0.5)],
+    ids=[*LABELS, "bank", "bank, all left out"])
+def test_gradcheck_of_hard_terms_and_second_derivatives(loss):
+    """The hard terms have no constant side, so finite differences must agree, twice (the meta step needs both).
+
+    Nor have the soft terms one for the weights.
+    """
+    w, z = symmetric_weights(2, 2, 6).requires_grad_(), unit(2, 2, 6, 5).requires_grad_()
+    hard = lambda z, w: (lambda r: r["vcl"] + r["icl"])(loss(z, w))
     assert torch.autograd.gradcheck(hard, (z, w), fast_mode=True)
     assert torch.autograd.gradgradcheck(hard, (z, w), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda w: total(loss(z.detach(), w)), w, fast_mode=True)
 
 
 def test_soft_terms_gradient_has_q_constant():
@@ -168,41 +240,35 @@ def test_soft_terms_gradient_has_q_constant():
     z_a, z_b = (unit(8, 5, seed=s).requires_grad_() for s in (0, 1))
     losses.soft_vcl(z_a, z_b).backward()
     assert z_a.grad.abs().sum() > 0 and z_b.grad is None
-    z_a.grad = None
-    losses.soft_icl(z_a, z_b).backward()
-    s_ab, s_ba = z_a @ z_b.T / 0.1, (z_b @ z_a.T / 0.1).detach()
-    by_hand = torch.autograd.grad(s_ab, (z_a, z_b), T * ((s_ab / T).softmax(-1) - (s_ba / T).softmax(-1)).detach() / 8)
-    assert torch.allclose(z_a.grad, by_hand[0], rtol=1e-10) and torch.allclose(z_b.grad, by_hand[1], rtol=1e-10)
 
 
-def test_soft_targets_are_constant_for_the_gradient_and_move_for_its_derivative():
-    """The derivative of the gradient field of distillation, against finite differences of that field."""
-    draw = torch.Generator().manual_seed(0)
-    w, x, u = (torch.randn(6, 4, generator=draw, dtype=torch.float64) for _ in range(3))
-    field = lambda w: torch.autograd.grad(losses.distillation(x * w, (x * w).flip(0).sin()), w, create_graph=True)[0]
-    w.requires_grad_()
-    ours, = torch.autograd.grad((field(w) * u).sum(), w)
-    for i, j in ((0, 0), (3, 2), (5, 1)):
-        step = torch.zeros_like(w)
-        step[i, j] = 1e-5
-        difference = ((field(w + step) - field(w - step)) * u).sum().item() / 2e-5
-        assert ours[i, j].item() == pytest.approx(difference, rel=1e-6, abs=1e-9)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")    # PyTorch's own forward mode uses it
+@pytest.mark.parametrize("loss", [
+    lambda x: losses.distillation(x, x.flip(1).sin()).sum(),
+    lambda x: total(in_batch(F.normalize(x, dim=-1), None)),
+    lambda x: total(against_bank(F.normalize(x, dim=-1), None))], ids=["distillation", "in batch", "bank"])
+def test_soft_targets_are_constant_for_the_gradient_and_move_for_its_derivative(loss):
+    """The gradient field's derivative against finite differences of that field; forward mode gives the field too."""
+    x, u = unit(2, 2, 6, 5).requires_grad_(), unit(2, 2, 6, 5, seed=8)
+    field = lambda x: torch.autograd.grad(loss(x), x, create_graph=True)[0]
+    ours, = torch.autograd.grad((field(x) * u).sum(), x)
+    for i in ((0, 0, 0, 0), (1, 0, 3, 2), (1, 1, 5, 1)):
+        step = torch.zeros_like(x)
+        step[i] = 1e-5
+        difference = ((field(x + step) - field(x - step)) * u).sum().item() / 2e-5
+        assert ours[i].item() == pytest.approx(difference, rel=1e-6, abs=1e-7)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(loss(forward_ad.make_dual(x.detach(), u))).tangent.item()
+    assert tangent == pytest.approx((field(x) * u).sum().item(), rel=1e-10)
 
 
-def test_lmcl_gradient_equals_the_sum_over_pair_functions():
-    z, y = unit(2, 3, 8, 5).requires_grad_(), torch.tensor(LABELS["unequal"])
-    total(losses.lmcl_loss(z, y, torch.full((2, 3, 2, 3, 8), 0.5))).backward()
-    pairs = 0
-    for a, b in ((0, 1), (1, 0)):
-        for u in z[a]:
-            for v in z[b]:
-                pairs = pairs + 0.5 * (0.1 * (losses.vcl(u, y) + losses.vcl(v, y) + losses.icl(u, v, y) + losses.icl(v, u, y))
-                                       + losses.soft_vcl(u, v) + losses.soft_vcl(v, u) + losses.soft_icl(u, v) + losses.soft_icl(v, u))
-    by_pairs, = torch.autograd.grad(pairs, z)
-    assert torch.allclose(z.grad, by_pairs, rtol=1e-10, atol=1e-13)
+def test_bank_rows_are_constant():
+    z, *rows = (t.requires_grad_() for t in (unit(2, 6, 5), *bank(2)))
+    total(losses.mcl_bank_loss(z, *rows, SAME_CLASS["some"])).backward()
+    assert z.grad.abs().sum() > 0 and all(t.grad is None for t in rows)
 
 
-# ---------------------------------------------------------------- robustness
+# ---------------------------------------------------------------- precision, cost
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
@@ -217,43 +283,133 @@ def test_finite_in_every_precision(dtype, labels, tau):
         assert r["vcl"] == 0 and r["icl"] == 0 and r["soft_icl"] > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("same_class", SAME_CLASS.values(), ids=SAME_CLASS)
+def test_bank_is_finite_and_its_float16_rows_give_float32(dtype, same_class):
+    z, rows = unit(2, 3, 6, 5, dtype=dtype).requires_grad_(), bank(2, 3, dtype=torch.float16)
+    r = losses.lmcl_bank_loss(z, *rows, same_class, T=0.1)   # the lowest finite number / 0.1 would overflow
+    assert all(v.dtype == torch.float32 and v.isfinite() for v in r.values())
+    total(r).backward()
+    assert z.grad.isfinite().all()
+    wider = losses.lmcl_bank_loss(z.float(), *(t.float() for t in rows), same_class, T=0.1)
+    assert all(torch.equal(r[k], wider[k]) for k in r)
+
+
 def test_a_batch_of_one():
     z = unit(2, 1, 1, 4).requires_grad_()
     total(losses.lmcl_loss(z, torch.tensor([3]), torch.ones(2, 1, 2, 1, 1))).backward()
     assert z.grad.isfinite().all()
 
 
-def test_autocast_does_not_lower_the_precision():
-    z, y, w = unit(2, 3, 8, 16, dtype=torch.float32), torch.tensor(LABELS["pairs"]), symmetric_weights(2, 3, 8).float()
-    plain = losses.lmcl_loss(z, y, w)
+@pytest.mark.parametrize("loss", [in_batch, against_bank])
+def test_autocast_does_not_lower_the_precision(loss):
+    z, w = unit(2, 2, 6, 5, dtype=torch.float32), symmetric_weights(2, 2, 6).float()
+    plain = loss(z, w)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = losses.lmcl_loss(z, y, w)
+        cast = loss(z, w)
     assert all(torch.equal(plain[k], cast[k]) for k in plain)
 
 
+class Operations(TorchDispatchMode):
+    """Names of dispatched operations, views left out: what a GPU has to launch."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if not (op.is_view or "detach" in str(op)):
+            self.names.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss, rows, most", [
+    (losses.lmcl_loss, lambda N: [torch.arange(8).repeat_interleave(2)], 120),
+    (losses.lmcl_bank_loss, lambda N: [*bank(N, 3, B=16, D=8, dtype=torch.float16), torch.rand(16, 10) < 0.1], 155)],
+    ids=["in batch", "bank"])
+@pytest.mark.parametrize("N", [2, 4])
+def test_operations_forward_and_backward(loss, rows, most, N):
+    """The number is the same for any number of students, since launches bound this loss on a GPU. No host waits."""
+    z, rows, w = unit(N, 3, 16, 8, dtype=torch.float32).requires_grad_(), rows(N), torch.rand(N, 3, N, 3, 16)
+    total(loss(z, *rows, w)).backward()
+    with Operations() as operations:
+        total(loss(z, *rows, w)).backward()
+    assert len(operations.names) <= most
+    assert not any("_local_scalar_dense" in name or "nonzero" in name for name in operations.names)
+
+
+def test_bank_keeps_few_full_size_tensors():
+    """Backward keeps four [S, S, B, K+2]: candidates' scores, log p, and the constants of the two soft losses."""
+    z, rows, kept = unit(2, 2, 4, 5, dtype=torch.float32).requires_grad_(), bank(2, 2, B=4, K=500), {}
+
+    def note(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        loss = losses.lmcl_bank_loss(z, *rows, torch.zeros(4, 500, dtype=torch.bool))
+    assert sum(n >= 4 * 4 * 4 * 501 * z.element_size() for n in kept.values()) == 4 and loss["icl"].requires_grad
+
+
+# ---------------------------------------------------------------- wrong arguments
+
 @pytest.mark.parametrize("call, words", [
     (lambda z, y, w: losses.lmcl_loss(z[0], y, w), "[3, 8, 5]"),
-    (lambda z, y, w: losses.lmcl_loss(z, y[:5], w), "[5]"),
-    (lambda z, y, w: losses.lmcl_loss(z, y, w[:1]), "[1, 3, 2, 3, 8]"),
-    (lambda z, y, w: losses.mcl_loss(z, y), "[2, 3, 8, 5]"),
+    (lambda z, y, w: losses.lmcl_loss(z, y[:5], w), "labels must be [B] = [8], got [5]"),
+    (lambda z, y, w: losses.lmcl_loss(z, y, w[:1]), "weights must be [N, L, N, L, B] = [2, 3, 2, 3, 8], got [1,"),
+    (lambda z, y, w: losses.mcl_loss(z, y), "embeddings must be [N, B, D], got [2, 3, 8, 5]"),
     (lambda z, y, w: losses.vcl(z[0, 0], y[:5]), "[5]"),
     (lambda z, y, w: losses.icl(z[0, 0], z[1, 0, :6], y), "[6, 5]"),
     (lambda z, y, w: losses.soft_vcl(z[0, 0], z[1, 0, :1]), "[1, 5]"),
     (lambda z, y, w: losses.soft_icl(z[0], z[1]), "[3, 8, 5]"),
     (lambda z, y, w: losses.mcl_loss(z[:, 0], y[:5]), "[5]"),
+    (lambda z, y, w: losses.mutual_information_bound(z, y), "[2, 3, 8, 5]"),
+    (lambda z, y, w: losses.mcl_loss(z[:, 0].tolist(), y), "embeddings must be a tensor, got list"),
+    (lambda z, y, w: losses.lmcl_loss(z, y.tolist(), w), "labels must be a tensor, got list"),
+    (lambda z, y, w: losses.lmcl_loss(z, y, w.tolist()), "weights must be a tensor, got list"),
+    (lambda z, y, w: losses.lmcl_loss(z, y.double(), w), "labels must be integers, got torch.float64"),
+    (lambda z, y, w: losses.lmcl_loss(z.long(), y, w), "embeddings must be floats, got torch.int64"),
+    (lambda z, y, w: losses.lmcl_loss(1.1 * z, y, w), "lmcl_loss: embeddings must be unit vectors"),
+    (lambda z, y, w: losses.soft_vcl(z[0, 0], 0.9 * z[1, 0]), "z_b must be unit vectors (F.normalize), got length 0.9"),
 ])
-def test_wrong_shapes_are_named(call, words):
+def test_wrong_arguments_are_named(call, words):
     with pytest.raises(ValueError) as error:
         call(unit(2, 3, 8, 5), torch.tensor(LABELS["pairs"]), symmetric_weights(2, 3, 8))
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("N", [2, 4])
-def test_operations_forward_and_backward(N):
-    """At most 120, whatever the number of students; on a GPU this loss is bound by launches."""
-    z, w = unit(N, 3, 16, 8, dtype=torch.float32).requires_grad_(), torch.rand(N, 3, N, 3, 16)
-    y = torch.arange(8).repeat_interleave(2)
-    total(losses.lmcl_loss(z, y, w)).backward()
-    with CountOperations() as counter:
-        total(losses.lmcl_loss(z, y, w)).backward()
-    assert counter.count <= 120
+@pytest.mark.parametrize("name, wrong, words", [
+    ("embeddings", unit(2, 6, 5), "embeddings must be [N, L, B, D], got [2, 6, 5]"),
+    ("embeddings", 2 * unit(2, 3, 6, 5), "embeddings must be unit vectors"),
+    ("own", bank(3)[0], "own must be [N, L, B, D] = [2, 3, 6, 5], got [3, 6, 5]"),
+    ("positive", bank(2, 3, B=4)[1], "positive must be [N, L, B, D] = [2, 3, 6, 5], got [2, 3, 4, 5]"),
+    ("negatives", bank(2, 3, D=4)[2], "negatives must be [N, L, K, D] = [2, 3, 10, 5], got [2, 3, 10, 4]"),
+    ("same_class", SAME_CLASS["all"][:, 1:], "same_class must be [B, K] = [6, 10], got [6, 9]"),
+    ("same_class", SAME_CLASS["all"].long(), "same_class must be booleans, got torch.int64"),
+    ("weights", symmetric_weights(2, 3, 6)[:1], "weights must be [N, L, N, L, B] = [2, 3, 2, 3, 6], got [1,"),
+])
+def test_wrong_bank_arguments_are_named(name, wrong, words):
+    right = dict(zip(("embeddings", "own", "positive", "negatives", "same_class"),
+                     (unit(2, 3, 6, 5), *bank(2, 3), SAME_CLASS["some"]), strict=True))
+    with pytest.raises(ValueError) as error:
+        losses.lmcl_bank_loss(**{**right, name: wrong})
+    assert words in str(error.value)
+    right = {k: v[:, 0] if v.dim() == 4 else v for k, v in right.items()}
+    losses.mcl_bank_loss(**right)
+    if name != "weights":
+        with pytest.raises(ValueError, match=f"mcl_bank_loss: {name} must be"):
+            losses.mcl_bank_loss(**{**right, name: wrong[..., :1] if wrong.dim() < 4 else 2 * wrong[:, 0, 1:]})
+
+
+def test_lengths_are_checked_only_where_data_are_at_hand():
+    """Not inside torch.func or FakeTensor; zero rows (F.normalize leaves them) and NaN (the loss shows it) pass."""
+    y, long = torch.tensor(LABELS["pairs"]), 2 * unit(2, 8, 5)
+    assert torch.func.grad(lambda z: total(losses.mcl_loss(z, y)))(long).isfinite().all()
+    with FakeTensorMode() as mode:
+        assert losses.mcl_loss(mode.from_tensor(long), mode.from_tensor(y))["icl"].shape == ()
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="unit vectors"):
+        losses.mcl_loss(forward_ad.make_dual(long, long), y)
+    zero, nan = unit(2, 8, 5), unit(2, 8, 5)
+    zero[0, 3], nan[0, 3] = 0, math.nan
+    assert total(losses.mcl_loss(zero, y)).isfinite()
+    assert total(losses.mcl_loss(nan, y)).isnan()

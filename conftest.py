@@ -1,0 +1,94 @@
+"""What several test files share: a small data set, runs of train.py in this process, comparison of what runs leave."""
+
+import itertools
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+
+TIMES = ("seconds", "images_per_second", "data_seconds")
+
+
+def draw_images(root, size=16, train_images=9, test_images=3):
+    """A folder data set: 6 classes of noise that differ in brightness."""
+    draw = torch.Generator().manual_seed(0)
+    for i, c in itertools.product(range(train_images + test_images), range(6)):
+        path = root / ("train" if i < train_images else "test") / f"class{c}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 128, (size, size, 3), generator=draw, dtype=torch.uint8) + 20 * c
+        Image.fromarray(pixels.numpy()).save(path)
+    return root
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    return draw_images(tmp_path_factory.mktemp("images"))
+
+
+def flags(images, out, epochs, *more):
+    """3 steps an epoch, a meta step at every second, resnet8 unless `more` has --arch."""
+    arch = [] if "--arch" in more else ["--arch", "resnet8"]
+    return ["--dataset", "folder", "--data-dir", str(images), "--image-size", "16", "--batch-size", "18", "--meta-freq", "2",
+            "--device", "cpu", "--epochs", str(epochs), "--out-dir", str(out), *arch, *map(str, more)]
+
+
+@pytest.fixture
+def run(images, tmp_path, monkeypatch):
+    """Run train.py in this process, in an empty folder; returns its log."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*more, out="out", epochs=2):
+        train.main(flags(images, out, epochs, *more))
+        return read_log(out)
+
+    return run
+
+
+def read_log(out):
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+
+
+def bits(x):
+    """x, less the times in it, with every tensor as type, shape, strides and bytes: == is then bit for bit."""
+    if torch.is_tensor(x):
+        return x.dtype, x.shape, x.stride(), x.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    if isinstance(x, dict):
+        return {k: bits(v) for k, v in x.items() if k not in (*TIMES, "command", "args")}
+    if isinstance(x, (list, tuple)):
+        return type(x), [bits(v) for v in x]
+    return type(x), x.hex() if isinstance(x, float) else x
+
+
+def results(out):
+    """Every file of an --out-dir by name, such that equal runs have equal ones."""
+    return {p.name: bits(torch.load(p, weights_only=True)) if p.suffix == ".pt"
+            else bits([json.loads(line) for line in p.read_text().splitlines()]) if p.suffix == ".jsonl"
+            else p.read_bytes() for p in Path(out).iterdir() if p.name != ".lock" and not p.name.endswith(".tmp")}
+
+
+def assert_same(a, b):
+    """Two --out-dirs hold the same files, bit for bit, less the times."""
+    a, b = results(a), results(b)
+    assert {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)} == set()
+
+
+@pytest.fixture
+def fails(run, capsys):
+    """Run train.py, which is to end by this exit status and one line with all these words, and to leave nothing."""
+    def fails(flags, *words, status=1):
+        before = set(Path().rglob("*"))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run(*flags)
+        lines = capsys.readouterr().err.splitlines()
+        assert end.value.code == status and len(lines) == 1 and lines[0].startswith("train.py: error: "), lines
+        assert [w for w in words if w not in lines[0]] == [], lines
+        left = {p for p in set(Path().rglob("*")) - before if p.name != ".lock"}
+        assert left <= {Path("out")} and not os.path.exists("out/last.pt")
+
+    return fails

@@ -1,0 +1,158 @@
+"""Second derivatives of convolution and batch normalisation in a few operations. Needs torch alone; copy it as it is.
+
+    with FastSecondDerivatives():                        # the forward pass and the first backward pass
+        gradient, = torch.autograd.grad(loss(theta), [theta], create_graph=True)
+    torch.autograd.grad(gradient @ u, [theta])           # the second backward pass uses the formulas below
+
+Values and derivatives are PyTorch's up to rounding: leaving the mode out changes speed and memory only. PyTorch
+differentiates the backward pass of batch normalisation by dozens of operations on the feature map, and that of a
+convolution's weight by a convolution whose kernel is as large as the map. Here the same takes seven operations on the
+map, and four ordinary convolutions.
+
+Covered: nn.Conv2d on a batch with padding given in numbers; nn.BatchNorm with weight and bias that normalises by the
+batch's statistics and tracks none (running_mean is None or track_running_stats is False). Forward mode (jvp) too.
+All else stays PyTorch's: padding by name, single images, evaluation mode, running statistics, no weight or bias.
+Third derivatives raise an error. Not for use under autocast.
+
+Derivation. The backward pass of y = f(x, w) gives gx, gw from g = dL/dy. Let hx, hw be the gradients that arrive for
+gx, gw, and T the derivative of f in the direction (hx, hw). Then
+
+    X = <hx, gx> + <hw, gw> = <g, T>,
+
+so the gradient of X for g is T, and that for x and w is what a backward pass of T gives.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+
+class FastSecondDerivatives(TorchFunctionMode):
+    """Inside `with FastSecondDerivatives():` the calls that the module's docstring names use the functions below."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        numeric_padding = func is F.conv2d and len(args) == 7 and isinstance(args[4], tuple)      # nn.Conv2d's call
+        if numeric_padding and args[0].dim() == 4:
+            x, w, bias, *geometry = args
+            y = Convolution.apply(x, w, *geometry)
+            return y if bias is None else y + bias[:, None, None]
+        if (func is F.batch_norm and args[1] is None and kwargs["training"]
+                and kwargs["weight"] is not None and kwargs["bias"] is not None):
+            return BatchNorm.apply(args[0], kwargs["weight"], kwargs["bias"], kwargs["eps"])
+        return func(*args, **kwargs)
+
+
+class Convolution(torch.autograd.Function):
+    """F.conv2d(x, w, None, stride, padding, dilation, groups)."""
+
+    @staticmethod
+    def forward(ctx, x, w, *geometry):
+        ctx.save_for_backward(x, w)
+        ctx.save_for_forward(x, w)
+        ctx.geometry = geometry
+        return F.conv2d(x, w, None, *geometry)
+
+    @staticmethod
+    def jvp(ctx, dx, dw, *_):
+        x, w = ctx.saved_tensors
+        return F.conv2d(dx, w, None, *ctx.geometry) + F.conv2d(x, dw, None, *ctx.geometry)
+
+    @staticmethod
+    def backward(ctx, g):
+        return *ConvolutionGradient.apply(g, *ctx.saved_tensors, ctx.needs_input_grad[0], *ctx.geometry), *[None] * 4
+
+
+class ConvolutionGradient(torch.autograd.Function):
+    """gx, gw from g. T = conv(hx, w) + conv(x, hw); dX/dx = gx of (g, hw), dX/dw = gw of (g, hx)."""
+
+    @staticmethod
+    def forward(ctx, g, x, w, want_gx, *geometry):
+        ctx.save_for_backward(g, x, w)
+        ctx.set_materialize_grads(False)
+        ctx.want_gx, ctx.geometry = want_gx, geometry
+        return _convolution_gradients(g, x, w, want_gx, True, *geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, hx, hw):
+        g, x, w = ctx.saved_tensors
+        T = dx = dw = None
+        if hw is not None:
+            T = F.conv2d(x, hw, None, *ctx.geometry)
+            if ctx.want_gx:
+                dx, _ = _convolution_gradients(g, x, hw, True, False, *ctx.geometry)
+        if hx is not None:
+            T = F.conv2d(hx, w, None, *ctx.geometry) + (0 if T is None else T)
+            _, dw = _convolution_gradients(g, hx, w, False, True, *ctx.geometry)
+        return T, dx, dw, *[None] * 5
+
+
+def _convolution_gradients(g, x, w, want_gx, want_gw, stride, padding, dilation, groups):
+    return torch.ops.aten.convolution_backward(g, x, w, None, stride, padding, dilation, False, [0, 0], groups,
+                                               [want_gx, want_gw, False])[:2]
+
+
+class BatchNorm(torch.autograd.Function):
+    """w x^ + b with x^ = (x - mean) r, r = 1 / sqrt(var + eps), over all axes of x but the second; w, b: [channels]."""
+
+    @staticmethod
+    def forward(ctx, x, w, b, eps):
+        y, mean, r = torch.native_batch_norm(x, w, b, None, None, True, 0.0, eps)
+        ctx.save_for_backward(x, w, mean, r)
+        ctx.save_for_forward(x, w, mean, r)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def jvp(ctx, dx, dw, db, _):
+        x, w, mean, r = ctx.saved_tensors
+        along_x, _, _ = _batch_norm_gradients(dx, x, w, mean, r, [True, False, False])                # w r P dx
+        return along_x.add_(torch.native_batch_norm(x, dw, db, None, None, True, 0.0, ctx.eps)[0])     # + dw x^ + db
+
+    @staticmethod
+    def backward(ctx, g):
+        return *BatchNormGradient.apply(g, *ctx.saved_tensors), None
+
+
+class BatchNormGradient(torch.autograd.Function):
+    """gx, gw, gb from g. M values a channel; the projection P t = t - mean(t) - x^ mean(t x^) is its own adjoint:
+
+    gx = w r P g,  gw = sum(g x^),  gb = sum(g);    T = w r P hx + hw x^ + hb.
+    X = w r S + hw gw + hb gb with S = <hx, P g> = q - (s gb + p gw) / M,  q = sum(hx g),  s = sum(hx), p = sum(hx x^).
+    Through x^ and through r, which pass a gradient on as r P(.) and as -r^2 x^ / M:
+
+    dX/dx = r P(e) - w S r^2 x^ / M,    e = dX/dx^ = beta g - alpha hx,  alpha = w r gw / M,  beta = hw - w r p / M.
+    """
+
+    @staticmethod
+    def forward(ctx, g, x, w, mean, r):
+        gx, gw, gb = _batch_norm_gradients(g, x, w, mean, r)
+        ctx.save_for_backward(g, x, w, mean, r, gw, gb)
+        return gx, gw, gb
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, hx, hw, hb):
+        g, x, w, mean, r, gw, gb = ctx.saved_tensors
+        M, each = x.numel() / len(w), (-1, *[1] * (x.dim() - 2))          # each: one value a channel
+        T, p, s = _batch_norm_gradients(hx, x, w, mean, r)
+        zeros, ones = torch.zeros_like(r), torch.ones_like(r)
+        _, q, _ = _batch_norm_gradients(hx, g, w, zeros, ones, [False, True, False])               # q = sum(hx g)
+        wr, hr = w * r, hw * r
+        T.addcmul_(x, hr.view(each)).add_(torch.addcmul(hb, hr, mean, value=-1).view(each))
+
+        p_, s_, gw_, gb_ = torch.stack([p, s, gw, gb]) / M
+        S = q - s * gb_ - p * gw_
+        alpha, beta = wr * gw_, hw - wr * p_
+        mean_e, mean_ex = beta * gb_ - alpha * s_, beta * gw_ - alpha * p_
+        slope = r * r * (mean_ex + wr * S / M)                            # of -x in dX/dx
+        dx = torch.addcmul((slope * mean - r * mean_e).view(each), hx, (r * alpha).view(each), value=-1)
+        dx.addcmul_(g, (r * beta).view(each)).addcmul_(x, slope.view(each), value=-1)
+        return T, dx, r * S, None, None
+
+
+def _batch_norm_gradients(g, x, w, mean, r, wanted=(True, True, True)):
+    """w r P g, sum(g x^), sum(g)."""
+    return torch.ops.aten.native_batch_norm_backward(g, x, w, None, None, mean, r, True, 0.0, wanted)

@@ -1,0 +1,141 @@
+"""compare.py on small logs written here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import compare
+
+
+def epoch(number, *top1, on="test", **more):
+    return {"epoch": number, "step": 10 * number, f"{on}_top1": list(top1), **more}
+
+
+def write_log(folder, *epochs, classes=("a", "b"), **args):
+    """A run's folder: args over the defaults in the log's first line, then the epochs."""
+    args = {"method": "lmcl", "arch": ["resnet8", "resnet20"], "epochs": 2, "seed": 0, "max_steps": 0,
+            "out_dir": str(folder), **args}
+    folder.mkdir()
+    lines = [{"command": "", "args": args, "classes": classes}, *epochs]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def run(capsys, *argv):
+    """Returns (exit status, the table's rows as dicts, lines of standard error)."""
+    try:
+        compare.main([str(a) for a in argv])
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    out, err = capsys.readouterr()
+    lines = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("|")]
+    return status, [dict(zip(lines[0], line, strict=True)) for line in lines[2:]], err.splitlines()
+
+
+def test_seeds_are_pooled_and_options_that_differ_make_groups(tmp_path, capsys):
+    a = write_log(tmp_path / "a", epoch(1, 60, 62), epoch(2, 40, 50, test_top5=[90, 80]), seed=1)
+    b = write_log(tmp_path / "b", epoch(1, 10, 20), epoch(2, 43, 54, test_top5=[91, 83]), seed=2, data_dir="y")
+    c = write_log(tmp_path / "c", epoch(1, 1, 1), epoch(2, 30, 31), method="mcl", tau=0.2)
+    d = write_log(tmp_path / "d", epoch(1, 1, 1), epoch(2, 32, 33), method="mcl", tau=0.1)
+    status, rows, errors = run(capsys, a, b / "log.jsonl", c, d, tmp_path / "a" / ".." / "b")      # b twice
+    assert (status, errors) == (0, [])
+    assert rows[0] == {"method": "lmcl", "tau": "-", "student 1 resnet8": "41.50 +- 2.12",   # 3/sqrt(2)
+                       "student 2 resnet20": "52.00 +- 2.83", "mean": "46.75 +- 2.47", "top-5 mean": "86.00 +- 1.41",
+                       "best epoch (chosen on)": "54.75 +- 8.84 (test)", "n (seeds)": "2 (1 2)",
+                       "epochs done": "2 of 2"}
+    assert [(row["tau"], row["mean"], row["top-5 mean"], row["n (seeds)"]) for row in rows[1:]] == [
+        ("0.2", "30.50", "", "1 (0)"), ("0.1", "32.50", "", "1 (0)")]
+
+
+def test_an_option_missing_in_an_older_log_does_not_differ(tmp_path, capsys):
+    old = write_log(tmp_path / "old", epoch(2, 5, 5))
+    new = write_log(tmp_path / "new", epoch(2, 5, 5), seed=1, augment="crop")
+    _, (row,), _ = run(capsys, old, new)
+    assert row["n (seeds)"] == "2 (0 1)" and "augment" not in row
+
+
+def test_runs_on_other_classes_are_another_group(tmp_path, capsys):
+    _, rows, _ = run(capsys, *(write_log(tmp_path / c, epoch(2, 5, 5), classes=list(c)) for c in ("ab", "abc")))
+    assert [row["classes"] for row in rows] == ["2", "3"]
+
+
+def test_runs_of_unequal_length_and_numbers_of_students(tmp_path, capsys):
+    """Each is a row: under way, ended by --max-steps, scored on validation images only until its end; one student."""
+    paths = [write_log(tmp_path / "whole", epoch(1, 1, 3), epoch(2, 5, 7)),
+             write_log(tmp_path / "under way", epoch(1, 2, 4), seed=1),
+             write_log(tmp_path / "ended", {**epoch(2, 9, 9), "step": 15}, seed=2, max_steps=15),
+             write_log(tmp_path / "held", epoch(1, 60, 70, on="validation"), seed=3),
+             write_log(tmp_path / "held to the end", epoch(1, 80, 80, on="validation"),
+                       epoch(2, 20, 22, validation_top1=[70, 70]), seed=4),
+             write_log(tmp_path / "alone", epoch(2, 8), arch=["resnet8"])]
+    status, rows, errors = run(capsys, *paths)
+    assert (status, errors) == (0, [])
+    cells = ["arch", "student 2", "mean", "best epoch (chosen on)", "epochs done"]
+    assert [[row[c] for c in cells] for row in rows] == [
+        ["resnet8 resnet20", "7.00", "6.00", "6.00 (test)", "2 of 2"],
+        ["resnet8 resnet20", "4.00", "3.00", "3.00 (test)", "1 of 2, unfinished"],
+        ["resnet8 resnet20", "9.00", "9.00", "9.00 (test)", "2 of 2, unfinished"],
+        ["resnet8 resnet20", "70.00", "65.00", "65.00 (validation)", "1 of 2, unfinished, on validation images"],
+        ["resnet8 resnet20", "22.00", "21.00", "80.00 (validation)", "2 of 2"],
+        ["resnet8", "", "8.00", "8.00 (test)", "2 of 2"]]
+
+
+DAMAGE = ['{"epoch": 2, "st', "[" * 99999, "[]", "{}", '{"epoch": 2, "step": 3, "test_top1": []}',
+          '{"epoch": 2, "step": 3, "test_top1": [NaN]}', '{"epoch": 2, "step": 3, "test_top1": [1], "test_top5": 7}']
+
+
+@pytest.mark.parametrize("line", DAMAGE, ids=range(len(DAMAGE)))
+def test_a_damaged_line_is_left_out_with_a_word(tmp_path, capsys, line):
+    log = write_log(tmp_path / "a", epoch(1, 5, 7)) / "log.jsonl"
+    log.write_text(log.read_text() + line)
+    status, (row,), (error,) = run(capsys, log)
+    assert (status, row["epochs done"]) == (0, "1 of 2, unfinished")
+    assert error.startswith(f"compare.py: {log}, line 3: damaged")
+
+
+def test_what_is_no_run_is_left_out_with_a_word(tmp_path, capsys):
+    good, empty, binary = write_log(tmp_path / "good", epoch(2, 5, 7)), tmp_path / "empty", tmp_path / "picture.png"
+    empty.mkdir()
+    binary.write_bytes(b"\x89PNG\xff\n\0\n")
+    os.mkfifo(tmp_path / "pipe")
+    bad = [tmp_path / "missing", empty, binary, tmp_path / "pipe", write_log(tmp_path / "young")]
+    status, rows, errors = run(capsys, *bad, good)
+    assert status == 0 and len(rows) == 1 and len(errors) == len(bad)
+    assert all(error.startswith(f"compare.py: left out: {path}") for error, path in zip(errors, bad, strict=True))
+    status, rows, errors = run(capsys, *bad)
+    assert status == 1 and not rows and errors[len(bad):] == ["compare.py: error: no run to compare"]
+
+
+def test_curves(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    paths = [write_log(tmp_path / f"{i}", *(epoch(e, e, 2 * i) for e in range(1, 3 + i)), epochs=4, seed=i % 2,
+                       method=["lmcl", "mcl"][i // 2]) for i in range(3)]
+    assert run(capsys, *paths, "--curves", tmp_path / "curves.png")[0] == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for wrong in (tmp_path / "curves.nothing", tmp_path / "no folder" / "curves.png"):
+        status, rows, (error,) = run(capsys, *paths, "--curves", wrong)
+        assert status == 1 and len(rows) == 3 and error.startswith(f"compare.py: error: --curves {wrong}: ")
+
+
+def test_curves_without_matplotlib(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)                 # importing it raises ImportError
+    status, rows, errors = run(capsys, write_log(tmp_path / "a", epoch(2, 5, 7)), "--curves", tmp_path / "c.png")
+    assert (status, len(rows)) == (1, 1)
+    assert errors == ["compare.py: error: --curves needs matplotlib: pip install matplotlib"]
+
+
+def test_a_reader_that_has_gone_and_no_path_are_one_line_each(tmp_path):
+    program = [sys.executable, str(Path(compare.__file__))]
+    reader, writer = os.pipe()
+    os.close(reader)
+    run_folder = write_log(tmp_path / "a", epoch(2, 5, 7))
+    gone = subprocess.run([*program, run_folder], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (gone.returncode, gone.stderr) == (1, "compare.py: error: cannot print the table (Broken pipe)\n")
+    none = subprocess.run(program, capture_output=True, text=True)
+    assert none.returncode == 2 and len(none.stderr.splitlines()) == 1

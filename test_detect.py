@@ -1,0 +1,424 @@
+"""detect.py: annotations, AP, the detector, runs that resume bit for bit, and errors in one line."""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import detect
+from conftest import assert_same, read_log
+from devices import Processes
+
+tools = pytest.importorskip("pycocotools.mask")
+COCO = pytest.importorskip("pycocotools.coco").COCO
+COCOeval = pytest.importorskip("pycocotools.cocoeval").COCOeval
+
+SMALL = ["--min-size", 48, "--max-size", 64, "--proposals", 8, "--device", "cpu", "--workers", 0, "--warmup", 1, "--epochs", 2]
+
+
+def rectangle(x, y, w, h):
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def save_image(path, size, boxes=(), seed=0):
+    """Noise with bright rectangles."""
+    pixels = np.random.default_rng(seed).integers(0, 100, (size[1], size[0], 3), dtype=np.uint8)
+    for x, y, w, h in boxes:
+        pixels[y:y + h, x:x + w] = 230
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def write_set(root, train=5, test=3):
+    """A set of its own in COCO's form: rectangles of two categories, every other image portrait."""
+    for part, n in (("train", train), ("val", test)):
+        content = dict(images=[], annotations=[], categories=[dict(id=7, name="wide"), dict(id=3, name="tall")])
+        for i in range(n):
+            size, boxes = (64, 48) if i % 2 else (48, 64), [(4 + i, 6, 24, 14), (30, 20, 10, 22)]
+            save_image(root / part / f"{i}.png", size, boxes, seed=i)
+            content["images"].append(dict(id=i, file_name=f"{i}.png", width=size[0], height=size[1]))
+            content["annotations"] += [dict(id=2 * i + k, image_id=i, category_id=(7, 3)[k], bbox=list(b), area=b[2] * b[3],
+                                            iscrowd=0, segmentation=rectangle(*b)) for k, b in enumerate(boxes)]
+        save_json(root, part, content)
+    return root
+
+
+def save_json(root, part, content):
+    path = root / "annotations" / f"instances_{part}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("own"))
+
+
+@pytest.fixture
+def run(own, tmp_path, monkeypatch):
+    """Run detect.py in this process and an empty folder, with a narrow FPN; returns its log."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(detect, "WIDTH", 8)
+
+    def run(*more, out="out"):
+        new = ["--dataset", "own", "--data-dir", own, "--arch", "shufflenet_v2_x0_5", "--backbone", "random", "--batch-size", 2,
+               "--lr", 0.01, *SMALL, "--out-dir", out]
+        detect.main(list(map(str, [*new, *more] if "--evaluate" not in more and "--predict" not in more else more)))
+        return read_log(out)
+
+    return run
+
+
+@pytest.fixture
+def fails(run, capsys):
+    """Run detect.py, which is to end by this exit status and one line with all these words, and without a checkpoint."""
+    def fails(*flags, words=(), status=1):
+        with pytest.raises(SystemExit) as end:
+            run(*flags)
+        lines = capsys.readouterr().err.splitlines()
+        assert end.value.code == status and len(lines) == 1 and lines[0].startswith("detect.py: error: "), lines
+        assert [w for w in words if w not in lines[0]] == [], lines
+        assert not os.path.exists("out/last.pt")
+
+    return fails
+
+
+# ---------------------------------------------------------------- data
+
+def test_odd_annotations(tmp_path):
+    """What COCO's files hold: crowds, no objects, several polygons, RLE of both kinds; and what other people's do."""
+    blob = np.zeros((40, 30), np.uint8, order="F")
+    blob[5:15, 10:18] = 1
+    packed = tools.encode(blob)
+    packed["counts"] = packed["counts"].decode()
+    counts = [len(list(g)) for _, g in itertools.groupby(blob.flatten("F"))]                 # starts with zeros
+    two = rectangle(0, 0, 4, 6) + rectangle(10, 10, 5, 5)
+    categories = [dict(id=9, name="b"), dict(id=2, name="a")]
+    images = [dict(id=i, file_name=f"{i}.png", width=30, height=40) for i in (5, 0, 3, 8)]
+    annotations = [
+        dict(id=0, image_id=0, category_id=9, bbox=[0, 0, 15, 15], area=49, iscrowd=0, segmentation=two),
+        dict(id=1, image_id=0, category_id=2, bbox=[10, 5, 8, 10], area=80, iscrowd=1,
+             segmentation=dict(size=[40, 30], counts=counts)),                               # a crowd
+        dict(id=2, image_id=0, category_id=2, bbox=[10, 5, 8, 10], area=80, iscrowd=0,
+             segmentation=dict(size=[40, 30], counts=counts)),
+        dict(id=3, image_id=0, category_id=2, bbox=[10, 5, 8, 10], segmentation=packed),     # no area, no iscrowd
+        dict(id=4, image_id=0, category_id=2, bbox=[25, 30, 20, 20], segmentation=rectangle(25, 30, 20, 20)),    # beyond
+        dict(id=5, image_id=0, category_id=2, bbox=[3, 3, 0, 9], area=0, iscrowd=0, segmentation=rectangle(3, 3, 0, 9)),
+        dict(id=6, image_id=0, category_id=2, bbox=[1, 2, 3, 4], area=12, iscrowd=0, segmentation=[[1, 2, 3, 4]]),
+        dict(id=7, image_id=0, category_id=2, bbox=[1, 2, 3, 4], area=12, iscrowd=0, segmentation=[]),    # a box alone
+        dict(id=8, image_id=3, category_id=2, bbox=[3, 3, 0.5, 9], area=4, iscrowd=0, segmentation=rectangle(3, 3, 0.5, 9)),
+        dict(id=9, image_id=8, category_id=2, bbox=[0, 0, 9, 9], area=81, iscrowd=1, segmentation=rectangle(0, 0, 9, 9)),
+    ]
+    for part in ("train", "val"):
+        save_json(tmp_path, part, dict(images=images, annotations=annotations, categories=categories))
+    for i in (0, 3, 5, 8):
+        save_image(tmp_path / "train" / f"{i}.png", (30, 40))
+    train, test, classes = detect.load_data("own", tmp_path)
+    assert classes == ["a", "b"] and test.ids == [0, 3, 5, 8]
+    assert train.ids == [0, 8]                             # 5 has no object, 3 one below a pixel; a crowd counts, as in torchvision's
+    image, target = train.load(0)
+    assert image.shape == (3, 40, 30) and image.dtype == torch.uint8
+    assert target["boxes"].tolist() == [[0, 0, 15, 15], [10, 5, 18, 15], [10, 5, 18, 15], [25, 30, 30, 40]]
+    assert target["labels"].tolist() == [2, 1, 1, 1]
+    assert torch.equal(target["masks"][1], torch.from_numpy(blob)) and torch.equal(target["masks"][2], target["masks"][1])
+    assert target["masks"].sum((1, 2)).tolist() == [49, 80, 80, 50]
+    flipped_image, flipped = train.load(0, flip=True)
+    assert torch.equal(flipped_image, image.flip(-1)) and torch.equal(flipped["masks"], target["masks"].flip(-1))
+    assert flipped["boxes"].tolist() == [[15, 0, 30, 15], [12, 5, 20, 15], [12, 5, 20, 15], [0, 30, 5, 40]]
+    _, empty = train.load(8)
+    assert {k: v.shape for k, v in empty.items()} == dict(boxes=(0, 4), labels=(0,), masks=(0, 40, 30))
+
+
+@pytest.mark.parametrize("images,masks", [("images", "masks/{}.png"), ("PNGImages", "PedMasks/{}_mask.png")])
+def test_pennfudan(tmp_path, images, masks):
+    for i in range(6):
+        numbers = np.zeros((20, 24), np.uint8)
+        numbers[2:9, 3:7], numbers[10:15, 12:20] = 1, 2
+        save_image(tmp_path / images / f"{i}.png", (24, 20))
+        path = tmp_path / masks.format(i)
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(numbers).save(path)
+    train, test, classes = detect.load_data("pennfudan", tmp_path)
+    assert (train.ids, test.ids, classes) == ([0, 1, 2, 3, 5], [4], ["person"])
+    target = test.load(4)[1]
+    assert target["boxes"].tolist() == [[3, 2, 7, 9], [12, 10, 20, 15]] and target["labels"].tolist() == [1, 1]
+    assert target["masks"].sum((1, 2)).tolist() == [28, 40]
+
+
+def test_plan():
+    """An image comes once an epoch, with its like; parts make up the whole; a resumed plan is the rest of it."""
+    images = {10 * i: dict(width=2 + i % 3, height=3) for i in range(23)}
+    pictures = detect.Pictures(Path(), Namespace(imgs=images), list(images), {})
+
+    def plan(epoch=0, step=0, part=(0, 1)):
+        run = Namespace(step=step, steps_per_epoch=5, processes=Namespace(part=part))
+        return detect.train_plan(Namespace(seed=1, batch_size=4), pictures, run, epoch)
+
+    ids = [[i for i, _ in batch] for batch in plan()]
+    assert [len(b) for b in ids] == [4] * 5 and len({i for b in ids for i in b}) == 20
+    assert sum(len({images[i]["width"] > 3 for i in b}) > 1 for b in ids) <= 1
+    assert plan(step=2) == plan()[2:] and plan(epoch=1) != plan()
+    assert {flip for batch in plan() for _, flip in batch} == {True, False}
+    assert [sorted(a + b) for a, b in zip(plan(part=(0, 2)), plan(part=(1, 2)), strict=True)] == [sorted(b) for b in plan()]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_image(own, workers):
+    train, _, _ = detect.load_data("own", own)
+    train.coco.imgs[1]["file_name"] = "none.png"
+    with pytest.raises(detect.DataError, match="cannot read image .*none.png"):
+        list(detect.read(train, [[(0, False)], [(1, False)]], workers))
+
+
+# ---------------------------------------------------------------- AP
+
+def test_average_precision(own, tmp_path):
+    """Perfect detections have 100, none 0, others what pycocotools gives for files of the same."""
+    _, test, _ = detect.load_data("own", own)
+    categories = list(test.labels)
+
+    def results(shift, score):
+        found = []
+        for i in test.ids:
+            target = test.load(i)[1]
+            target["masks"], target["boxes"] = target["masks"].roll(shift, -1).bool(), target["boxes"] + shift
+            found += detect.as_results({**target, "scores": torch.full((len(target["boxes"]),), score)}, i, categories)
+        return found
+
+    assert detect.average_precision(test.coco, results(0, 0.9)) == dict.fromkeys(detect.SCORES, 100.0)
+    assert detect.average_precision(test.coco, []) == dict.fromkeys(detect.SCORES, 0.0)
+    mixed = results(2, 0.5) + results(1, 0.4)[::2]
+    truth = json.loads((own / "annotations/instances_val.json").read_text())
+    for number, a in enumerate(truth["annotations"]):      # pycocotools on files loses the object numbered 0
+        a["id"] = number + 1
+    for name, content in (("truth", truth), ("found", [
+            {**r, "segmentation": {**r["segmentation"], "counts": r["segmentation"]["counts"].decode()}} for r in mixed])):
+        (tmp_path / name).write_text(json.dumps(content))
+    coco, expected = COCO(str(tmp_path / "truth")), []
+    for kind, key in (("bbox", "segmentation"), ("segm", "bbox")):
+        part = [{k: v for k, v in r.items() if k != key} for r in json.loads((tmp_path / "found").read_text())]
+        (tmp_path / "part").write_text(json.dumps(part))
+        evaluation = COCOeval(coco, coco.loadRes(str(tmp_path / "part")), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        expected += [round(100 * x, 2) for x in evaluation.stats[:3].tolist()]
+    assert list(detect.average_precision(test.coco, mixed).values()) == expected
+    assert 0 < expected[0] < 100 and expected[0] != expected[3]
+
+
+# ---------------------------------------------------------------- the detector
+
+def options(*more):
+    args = detect.parse(["--dataset", "own", "--backbone", "x", "--arch", "resnet18", *map(str, [*SMALL, *more])])
+    return Namespace(**{**vars(args), "device": torch.device("cpu")})
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "shufflenet_v2_x0_5"])
+def test_backbones(arch, tmp_path, monkeypatch):
+    """A student file and torchvision's state_dict give the same detector, with the file's mean; others are refused."""
+    monkeypatch.setattr(detect, "WIDTH", 8)
+    net = torchvision.models.get_model(arch, num_classes=4).eval()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(1, 2)
+    file = dict(state_dict=net.state_dict(), architecture=arch, classes=list("abcd"), mean=(.4, .5, .6), std=(.1, .2, .3))
+    torch.save(file, tmp_path / "student.pt")
+    torch.save(net.state_dict(), tmp_path / "plain.pth")
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        known = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(image))))) if arch == "resnet18" else net.maxpool(net.conv1(image))
+    for name, mean in (("student.pt", [.4, .5, .6]), ("plain.pth", [.485, .456, .406])):
+        taken, *mean_std, words = detect.load_backbone(str(tmp_path / name), arch)
+        assert f"{len(taken)} tensors taken" in words and words.endswith("fc")
+        model = detect.build(options("--arch", arch), ["a"], *mean_std, taken).train()       # frozen: train mode changes nothing
+        assert model.transform.image_mean == mean
+        torch.testing.assert_close(model.backbone.body(image)["0"], known)
+    other = "shufflenet_v2_x1_0" if arch.startswith("shuffle") else "resnet34"
+    for name, words in (("student.pt", f"is no {other} but {arch}"), ("plain.pth", f"is no {other} but something else")):
+        with pytest.raises(detect.UserError, match=words):
+            detect.load_backbone(str(tmp_path / name), other)
+
+
+@pytest.mark.parametrize("flags,trained,moving", [
+    ((), "layer2 layer3 layer4", ""),
+    (("--freeze", 0), "conv1 layer1 layer2 layer3 layer4", ""),
+    (("--freeze", 2, "--batch-norm", "train"), "layer3 layer4", "layer3 layer4"),
+    (("--backbone", "random"), "conv1 bn1 layer1 layer2 layer3 layer4", "bn1 layer1 layer2 layer3 layer4"),
+    (("--freeze", 1, "--arch", "shufflenet_v2_x0_5"), "stage2 stage3 stage4", ""),
+])
+def test_frozen_layers(flags, trained, moving, own, monkeypatch):
+    """One SGD step changes the layers that are trained, and batch statistics only where batch norm is."""
+    monkeypatch.setattr(detect, "WIDTH", 8)
+    args = options(*flags)
+    model = detect.build(args, ["a", "b"], *detect.data.IMAGENET).train()
+    body = model.backbone.body
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1, weight_decay=0.1)
+    before = {k: v.clone() for k, v in body.state_dict().items()}
+    train, _, _ = detect.load_data("own", own)
+    torch.manual_seed(0)
+    detect.train_step(args, model, Namespace(optimizers=[optimizer], processes=Processes({}), epoch=0, total_steps=9), *zip(train.load(0), train.load(2), strict=True))
+    changed = [k for k, v in body.state_dict().items() if not torch.equal(v, before[k])]
+    roots = lambda names: {k.split(".")[0] for k in names}
+    assert roots(k for k in changed if k.endswith("weight")) == set(trained.split())
+    assert roots(k for k in changed if "running" in k) == set(moving.split())
+
+
+def test_proposals(monkeypatch):
+    """512 are torchvision's own defaults."""
+    monkeypatch.setattr(detect, "WIDTH", 8)
+    model = detect.build(options("--proposals", 512), ["a"], *detect.data.IMAGENET)
+    usual = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    for a, b in ((model.rpn, usual.rpn), (model.roi_heads.fg_bg_sampler, usual.roi_heads.fg_bg_sampler)):
+        for name in ("_pre_nms_top_n", "_post_nms_top_n", "batch_size_per_image"):
+            assert getattr(a, name, None) == getattr(b, name, None)
+
+
+def test_bfloat16(own, monkeypatch):
+    """Losses are float32 and near those in float32; evaluation is float32 throughout."""
+    monkeypatch.setattr(detect, "WIDTH", 8)
+    train, _, _ = detect.load_data("own", own)
+    image, target = train.load(0)
+    losses, scores = [], []
+    for amp in ("no", "bf16"):
+        model = detect.build(options("--amp", amp, "--batch-norm", "train"), ["a", "b"], *detect.data.IMAGENET)
+        scores.append(detect.detect(model, image, "cpu")["scores"])
+        torch.manual_seed(0)
+        losses.append(model.train()([image / 255], [target]))
+    assert torch.equal(*scores) and losses[0].keys() == losses[1].keys()
+    assert {v.dtype for v in losses[1].values()} == {torch.float32}
+    assert sum(losses[0].values()) != sum(losses[1].values())
+    torch.testing.assert_close(sum(losses[1].values()), sum(losses[0].values()), rtol=0.05, atol=0)
+
+
+# ---------------------------------------------------------------- runs
+
+def test_resume_evaluate_predict(run, own, capsys, monkeypatch):
+    """Stopped inside an epoch by --max-steps, then by a signal, and resumed: bit for bit the run that was not stopped."""
+    log = run(out="whole")
+    assert [line["step"] for line in log[1:]] == [2, 4] and {"loss", "loss_mask", *detect.SCORES} <= log[-1].keys()
+    run("--max-steps", 1, out="parts")
+    step = detect.train_step
+    monkeypatch.setattr(detect, "train_step", lambda args, model, run, *batch: (
+        signal.raise_signal(signal.SIGTERM) if run.total_steps == 2 else None, step(args, model, run, *batch))[1])
+    with pytest.raises(SystemExit) as end:
+        run("--resume", out="parts")
+    assert end.value.code == 1 and "SIGTERM: saved parts/last.pt after step 3" in capsys.readouterr().err
+    monkeypatch.setattr(detect, "train_step", step)
+    run("--resume", out="parts")
+    (Path("whole") / "previous.pt").unlink()               # of another moment
+    (Path("parts") / "previous.pt").unlink()
+    assert_same("whole", "parts")
+
+    capsys.readouterr()
+    run("--evaluate", "whole/last.pt", "--device", "cpu", "--workers", "0", out="whole")
+    printed = capsys.readouterr().out
+    assert printed.split() == detect.words({k: log[-1][k] for k in detect.SCORES}).split()
+    monkeypatch.setattr(detect, "SHOWN", 0.0)
+    picture = own / "val" / "0.png"
+    run("--predict", str(picture), "--checkpoint", "whole/best.pt", "--device", "cpu", out="whole")
+    assert f"{picture}  " in capsys.readouterr().out
+    drawn = np.asarray(Image.open("whole/0_detections.png"))[:64, :48]
+    assert drawn.shape == (64, 48, 3) and (drawn != np.asarray(Image.open(picture))).any()
+    assert Image.open("whole/detections.png").size[1] == 3 * 326
+
+
+def test_two_processes(run, own):
+    """The parts' gradients are averaged, their detections gathered: AP is what one process finds."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    flags = ["--dataset", "own", "--data-dir", own, "--arch", "shufflenet_v2_x0_5", "--backbone", "random", "--batch-size", 2,
+             "--max-steps", 1, *SMALL, "--out-dir", "two"]
+    both = [subprocess.Popen([sys.executable, "-c", "import sys, detect; detect.WIDTH = 8; detect.main(sys.argv[1:])", *map(str, flags)],
+                             env={**os.environ, "PYTHONPATH": str(Path(detect.__file__).parent), "OMP_NUM_THREADS": "1", "RANK": str(rank),
+                                  "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+            for rank in range(2)]
+    assert [p.wait() for p in both] == [0, 0]
+    line = read_log("two")[-1]
+    model, saved, _ = detect.trained_detector(Namespace(device=torch.device("cpu"), workers=0), "two/last.pt")
+    _, test, _ = detect.load_data("own", own)
+    assert line["step"] == 1 and detect.evaluate(saved, test, model, Processes({})) == {k: line[k] for k in detect.SCORES}
+
+
+def test_not_finite(fails):
+    fails("--lr", 1e30, words=["became infinite or NaN at step", "smaller --lr"])
+
+
+def test_without_pycocotools(fails, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    fails(words=["pip install pycocotools"])
+
+
+@pytest.mark.parametrize("flags,words,status", [
+    (["--arch", "resnet32"], "--arch", 2),
+    (["--dataset", "voc"], "--dataset", 2),
+    (["--backbone", ""], "--backbone", 2),
+    (["--freeze", 5], "0 to 4", 2),
+    (["--freeze", -1], "0 to 4", 2),
+    (["--batch-norm", "sync"], "--batch-norm", 2),
+    (["--proposals", 0], "--proposals", 2),
+    (["--batch-size", 0], "--batch-size", 2),
+    (["--epochs", 0], "--epochs", 2),
+    (["--lr", 0], "--lr", 2),
+    (["--lr", "nan"], "--lr", 2),
+    (["--momentum", 1.5], "--momentum", 2),
+    (["--warmup", -1], "--warmup", 2),
+    (["--milestones", 0], "--milestones", 2),
+    (["--min-size", 8], "--min-size", 2),
+    (["--max-size", 40], "at least --min-size", 2),
+    (["--workers", -1], "--workers", 2),
+    (["--seed", -1], "--seed", 2),
+    (["--checkpoint", "x.pt"], "goes with --checkpoint", 2),
+    (["--surprise"], "unrecognized", 2),
+    (["--device", "tpu"], "--device tpu", 1),
+    (["--batch-size", 6], "larger than the training set (5 images)", 1),
+    (["--backbone", "none.pt"], "cannot read --backbone none.pt", 1),
+    (["--backbone", "text.pt"], "neither a student file nor a state_dict", 1),
+    (["--backbone", "odd.pt"], "is no shufflenet_v2_x0_5", 1),
+    (["--data-dir", "none"], "is no folder", 1),
+    (["--data-dir", "empty"], "cannot read annotations", 1),
+    (["--data-dir", "text"], "not in COCO's form", 1),
+    (["--data-dir", "list"], "not in COCO's form", 1),
+    (["--data-dir", "stray"], "KeyError: 1", 1),
+    (["--data-dir", "boxes"], "no training image", 1),
+    (["--data-dir", "others"], "are not those of the test set (dog)", 1),
+    (["--data-dir", "wrong"], "is 9x9, its annotation says 8x8", 1),
+    (["--dataset", "coco"], "instances_train2017.json", 1),
+    (["--dataset", "pennfudan", "--data-dir", "empty"], "neither images/ and masks/", 1),
+    (["--dataset", "pennfudan", "--data-dir", "maskless"], "cannot read mask", 1),
+    (["--evaluate", "none.pt"], "cannot read none.pt", 1),
+    (["--evaluate", "text.pt"], "no checkpoint", 1),
+    (["--predict", "x.png"], "goes with --checkpoint", 2),
+    (["--predict", "x.png", "--checkpoint", "text.pt"], "no checkpoint", 1),
+])
+def test_errors_in_one_line(flags, words, status, fails, tmp_path):
+    Path("text.pt").write_text("no weights")
+    torch.save(dict(a=torch.zeros(2)), "odd.pt")
+    Path("empty").mkdir()
+    image, box = dict(id=1, file_name="a.png", width=8, height=8), dict(id=1, image_id=1, category_id=1, bbox=[1, 1, 4, 4])
+    whole, cat = {**box, "segmentation": rectangle(1, 1, 4, 4)}, dict(id=1, name="cat")
+    for name, train, test in (("list", [], []), ("stray", dict(images=[image], annotations=[whole], categories=[]), None),
+                              ("boxes", dict(images=[image], annotations=[box], categories=[cat]), None),
+                              ("others", dict(images=[image], annotations=[whole], categories=[cat]),
+                               dict(images=[image], annotations=[whole], categories=[dict(id=1, name="dog")])),
+                              ("wrong", dict(images=[image, {**image, "id": 2}], annotations=[whole, {**whole, "image_id": 2}],
+                                             categories=[cat]), None)):
+        for part in ("train", "val"):
+            save_json(Path(name), part, train if part == "train" or test is None else test)
+            save_image(Path(name) / part / "a.png", (9, 9))
+    (Path("text") / "annotations").mkdir(parents=True)
+    (Path("text") / "annotations" / "instances_train.json").write_text("{")
+    save_image(Path("maskless/images/a.png"), (9, 9))
+    fails(*flags, words=[words], status=status)
