@@ -174,7 +174,7 @@ class Streamed(Dataset):
         loader = DataLoader(
             Reader(self.data_dir, files, view, self.image_size), batch_size=None,  # an item is a whole batch
             sampler=[index.numpy() for index in indices], num_workers=self.workers, pin_memory=device.type == "cuda",
-            worker_init_fn=ignore_signals, generator=torch.Generator())  # or it would draw from the global generator
+            worker_init_fn=leave_group, generator=torch.Generator())  # or it would draw from the global generator
         handler = signal.getsignal(signal.SIGCHLD)
         try:
             batches = iter(loader)
@@ -189,6 +189,8 @@ class Streamed(Dataset):
                 raise
             raise DataError(f"a process that reads images has ended ({error}): killed, or out of memory (RAM or "
                             f"/dev/shm); try fewer --workers than {self.workers}") from error
+        finally:
+            batches = None  # ends the workers now, though a traceback may keep this frame
 
 
 # ---------------------------------------------------------------- loading
@@ -452,6 +454,17 @@ def read_image(path: str) -> Tensor:
         return torch.from_numpy(np.array(_rgb(image))).permute(2, 0, 1)  # [3, h, w], channels_last in memory
 
 
+def pictures(paths: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, uint8 [3, h, w]) of the files named and of all images in the folders named. Raises DataError."""
+    for path in paths:
+        within = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in ENDINGS)
+        for name in within if os.path.isdir(path) else [path]:
+            try:
+                yield name, read_image(name)
+            except Exception as error:  # decoders raise many kinds for broken files
+                raise DataError(UNREADABLE.format(name, error)) from error
+
+
 def random_view(seed: str, size: int, may_flip: bool, image: Tensor, number: int) -> Tensor:
     """RandomResizedCrop and flip of uint8 [3, h, w] to [3, size, size], a function of (seed, number) alone."""
     generator = random.Random(f"{seed},{number}")  # hashes its text: neighbours are unrelated
@@ -476,10 +489,10 @@ def centre_view(resize: int, size: int, image: Tensor, number: int) -> Tensor:
     return F.center_crop(F.resize(image, [resize], antialias=True), [size, size])
 
 
-def ignore_signals(worker: int) -> None:
-    """Ctrl-C and torchrun's SIGTERM reach workers too; the run needs them for its last step, and ends them itself."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+def leave_group(worker: int) -> None:
+    """Ctrl-C and torchrun's SIGTERM go to the program's process group, which needs its workers for its last step."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # SIGTERM must end a worker: the program's exit waits for that
 
 
 # ---------------------------------------------------------------- drawn images

@@ -1,9 +1,9 @@
 """Transfer a student to detection and instance segmentation: its backbone under FPN and Mask R-CNN, then COCO's AP.
 
     pip install pycocotools                                 # the reference implementation of AP
-    python detect.py --dataset pennfudan --data-dir PennFudanPed --arch resnet18 --backbone out/RUN/student_1_resnet18.pt
-    python detect.py --dataset pennfudan --data-dir PennFudanPed --arch resnet18 --backbone random    # to compare with
-    torchrun --nproc-per-node 8 detect.py --dataset coco --data-dir coco --backbone out/RUN/student_1_resnet50.pt
+    python detect.py --dataset pennfudan --data-dir DIR --arch resnet18 --backbone out/RUN/student_1_resnet18.pt
+    python detect.py --dataset pennfudan --data-dir DIR --arch resnet18 --backbone random     # to compare with
+    torchrun --nproc-per-node 8 detect.py --dataset coco --data-dir DIR --backbone out/RUN/student_1_resnet50.pt
     python detect.py --evaluate out/RUN/last.pt             # AP of boxes and masks
     python detect.py --predict street.jpg --checkpoint out/RUN/last.pt      # draws what it finds
 
@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,10 +46,12 @@ from data import DataError
 from devices import UserError
 from experiment import say, shorten, write
 
-ARCHITECTURES = torchvision.models.list_models(torchvision.models, ["resnet*", "resnext*", "wide_resnet*", "shufflenet*"])
+ARCHITECTURES = torchvision.models.list_models(torchvision.models, ["resnet*", "resnext*", "wide_res*", "shufflenet*"])
 RECIPES = {                                                # "coco" is mmdetection's 1x; "others" suits a CPU
-    "coco": dict(epochs=12, batch_size=16, lr=0.02, milestones=[8, 11], warmup=500, min_size=800, max_size=1333, proposals=512),
-    "others": dict(epochs=10, batch_size=2, lr=0.005, milestones=[7, 9], warmup=100, min_size=256, max_size=512, proposals=64),
+    "coco": dict(epochs=12, batch_size=16, lr=0.02, milestones=[8, 11], warmup=500,
+                 min_size=800, max_size=1333, proposals=512),
+    "others": dict(epochs=10, batch_size=2, lr=0.005, milestones=[7, 9], warmup=100,
+                   min_size=256, max_size=512, proposals=64),
 }
 SCORES = [f"{kind}_{ap}" for kind in ("box", "mask") for ap in ("ap", "ap50", "ap75")]
 WIDTH = 256                                                # channels of FPN's maps
@@ -121,7 +124,7 @@ def coco_tools():
 
 @dataclass
 class Pictures:
-    """One split. coco: pycocotools' COCO. ids: of the images in use. labels: category id -> 1 ... C, 0 is background."""
+    """One split. coco: pycocotools' COCO. ids: of the images in use. labels: category id -> 1 ... C."""
 
     folder: Path
     coco: object
@@ -151,7 +154,11 @@ class Pictures:
         boxes[:, 2:] += boxes[:, :2]                       # x, y, w, h -> x1, y1, x2, y2
         boxes = boxes.clamp(min=0).minimum(torch.tensor([w, h, w, h]))
         labels = torch.tensor([self.labels[a["category_id"]] for a in objects], dtype=torch.int64)
-        masks = torch.from_numpy(np.array([self.coco.annToMask(a) for a in objects], np.uint8).reshape(-1, h, w))
+        try:
+            masks = np.array([self.coco.annToMask(a) for a in objects], np.uint8)
+            masks = torch.from_numpy(masks.reshape(len(objects), h, w))
+        except Exception as error:                         # pycocotools raises many kinds
+            raise DataError(f"the masks of image {facts['file_name']} cannot be read ({error})") from None
         if flip:
             image, masks = image.flip(-1), masks.flip(-1)
             boxes[:, [0, 2]] = w - boxes[:, [2, 0]]
@@ -188,7 +195,7 @@ def train_plan(args, pictures, run, epoch):
 def read(pictures, batches, workers):
     """The [(image, target)] of each batch. Any number of workers gives the same bits. Raises DataError."""
     loader = DataLoader(pictures, batch_size=None, sampler=batches, num_workers=workers,     # an item is a whole batch
-                        worker_init_fn=data.ignore_signals, generator=torch.Generator())     # not the global generator
+                        worker_init_fn=data.leave_group, generator=torch.Generator())        # not the global generator
     try:
         handler = signal.getsignal(signal.SIGCHLD)
         items = iter(loader)
@@ -200,7 +207,9 @@ def read(pictures, batches, workers):
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise DataError(f"a process that reads images has ended ({error}): try fewer --workers than {workers}") from None
+        raise DataError(f"a process that reads images has ended ({error}): try fewer --workers") from None
+    finally:
+        items = None                                       # ends the workers now: a traceback may keep this frame
 
 
 def load_data(name, data_dir):
@@ -211,13 +220,15 @@ def load_data(name, data_dir):
     folder = Path(data_dir)
     if not folder.is_dir():
         raise DataError(f"--data-dir {folder} is no folder")
-    year = "2017" if name == "coco" else ""
+    parts = ("train2017", "val2017") if name == "coco" else ("train", "val")
     train_set, test_set = pennfudan(folder) if name == "pennfudan" else [
-        annotated(folder / f"{part}{year}", folder / "annotations" / f"instances_{part}{year}.json") for part in ("train", "val")]
+        annotated(folder / part, folder / "annotations" / f"instances_{part}.json") for part in parts]
     classes, others = ([c["name"] for c in split.coco.cats.values()] for split in (train_set, test_set))
     if classes != others or train_set.labels != test_set.labels:
-        raise DataError(f"the training categories ({shorten(classes)}) are not those of the test set ({shorten(others)})")
-    train_set.ids = [i for i in train_set.ids if any(min(a["bbox"][2:]) > 1 for a in train_set.coco.imgToAnns.get(i, ()))]
+        raise DataError(f"the training set's categories ({shorten(classes)}) are not those of the test set "
+                        f"({shorten(others)})")
+    objects = train_set.coco.imgToAnns
+    train_set.ids = [i for i in train_set.ids if any(min(a["bbox"][2:]) > 1 for a in objects.get(i, ()))]
     for split, what in ((train_set, "training"), (test_set, "test")):
         if all(a["iscrowd"] for i in split.ids for a in split.coco.imgToAnns.get(i, ())):
             raise DataError(f"no {what} image in {folder} has an object with a mask")
@@ -244,7 +255,7 @@ def annotated(folder, source, content=None):
         for a in coco.anns.values():
             coco.cats[a["category_id"]]["name"]
         for image in coco.imgs.values():
-            image["file_name"], image["width"], image["height"]
+            folder / image["file_name"], image["width"], image["height"]
     except OSError as error:
         raise DataError(f"cannot read annotations {source} ({error.strerror})") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -261,9 +272,11 @@ def has_mask(annotation):
 
 
 def pennfudan(folder):
-    """Penn-Fudan pedestrians, their masks of instance numbers brought into COCO's form; every fifth image is for testing."""
+    """Penn-Fudan's masks of instance numbers, brought into COCO's form; every fifth image is for testing."""
     tools = coco_tools()[2]
-    images, masks = ("images", "masks/{}.png") if (folder / "images").is_dir() else ("PNGImages", "PedMasks/{}_mask.png")
+    images, masks = ("images", "masks/{}.png")
+    if not (folder / images).is_dir():                     # the names in the original archive
+        images, masks = ("PNGImages", "PedMasks/{}_mask.png")
     names = sorted(p for p in (folder / images).glob("*") if p.suffix in (".jpg", ".png"))
     if not names:
         raise DataError(f"--data-dir {folder} holds neither images/ and masks/ nor PNGImages/ and PedMasks/")
@@ -278,15 +291,15 @@ def pennfudan(folder):
         part["images"].append(dict(id=number, file_name=path.name, height=numbers.shape[0], width=numbers.shape[1]))
         for k in np.unique(numbers[numbers > 0]):
             rle = tools.encode(np.asfortranarray(numbers == k, np.uint8))
-            part["annotations"].append(dict(image_id=number, category_id=1, segmentation=rle, area=float(tools.area(rle)),
-                                            bbox=tools.toBbox(rle).tolist()))
+            part["annotations"].append(dict(image_id=number, category_id=1, segmentation=rle,
+                                            area=float(tools.area(rle)), bbox=tools.toBbox(rle).tolist()))
     return [annotated(folder / images, folder, part) for part in parts]
 
 
 # ---------------------------------------------------------------- the detector
 
 def build(args, classes, mean, std, weights=None):
-    """Mask R-CNN on the backbone. mean, std: of the images that the backbone was trained on. weights: its state_dict."""
+    """Mask R-CNN on the backbone. mean, std: of the images that it was trained on. weights: its state_dict, or None."""
     torch.manual_seed(args.seed)
     net = torchvision.models.get_model(args.arch, weights=None)
     if weights:
@@ -305,7 +318,8 @@ def build(args, classes, mean, std, weights=None):
     channels = getattr(net, "_stage_out_channels", None) or [net.fc.in_features // k for k in (8, 4, 2, 1)]
     fpn = BackboneWithFPN(net, {name: str(i) for i, name in enumerate(layers)}, channels[:4], WIDTH)
     n = args.proposals                                     # 512 gives torchvision's defaults
-    model = MaskRCNN(fpn, len(classes) + 1, args.min_size, args.max_size, list(mean), list(std), box_batch_size_per_image=n,
+    model = MaskRCNN(fpn, len(classes) + 1, args.min_size, args.max_size, list(mean), list(std),
+                     box_batch_size_per_image=n,
                      rpn_pre_nms_top_n_train=min(2000, 4 * n), rpn_post_nms_top_n_train=min(2000, 4 * n),
                      rpn_pre_nms_top_n_test=min(1000, 2 * n), rpn_post_nms_top_n_test=min(1000, 2 * n))
     if args.amp == "bf16":
@@ -340,8 +354,9 @@ def load_backbone(path, arch):
         return None, *data.IMAGENET, "random weights"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        file = content if "architecture" in content else dict(state_dict=content, mean=data.IMAGENET[0], std=data.IMAGENET[1])
-        tensors, mean, std = (file[k] for k in ("state_dict", "mean", "std"))
+        is_student, kind = "architecture" in content, content.get("architecture", arch)
+        tensors, mean, std = ((content[k] for k in ("state_dict", "mean", "std")) if is_student else
+                              (content, *data.IMAGENET))
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
     except OSError as error:
         raise UserError(f"cannot read --backbone {path} ({error.strerror or error})") from None
@@ -349,15 +364,17 @@ def load_backbone(path, arch):
         raise UserError(f"--backbone {path} is neither a student file nor a state_dict "
                         f"({str(error).splitlines()[0][:60]})") from None
     with torch.device("meta"):
-        own = {name: tensor.shape for name, tensor in torchvision.models.get_model(arch, weights=None).state_dict().items()}
-    used = {name for name in own if not name.startswith(("fc.", "conv5."))}     # these come after the last map
-    wrong = sorted(shapes.keys() - own.keys() | {name for name in used if shapes.get(name) != own[name]})
-    if wrong or file.get("architecture", arch) != arch:
-        raise UserError(f"--backbone {path} is no {arch} but {file.get('architecture', 'something else')}: {len(wrong)} tensors "
-                        f"do not fit ({shorten(wrong, 2)})")
+        net = torchvision.models.get_model(arch, weights=None)
+    own = {name: tensor.shape for name, tensor in net.state_dict().items()}
+    used = {k for k in own if not k.startswith(("fc.", "conv5."))}              # these come after the last map
+    wrong = sorted(shapes.keys() - own.keys() | {k for k in used if shapes.get(k) != own[k]
+                                                 and not k.endswith("num_batches_tracked")})   # not in older files
+    if wrong or kind != arch:
+        raise UserError(f"--backbone {path} is no {arch} but {kind if is_student else 'something else'}: "
+                        f"{len(wrong)} tensors do not fit ({shorten(wrong, 2)})")
+    taken = {name: tensor for name, tensor in tensors.items() if name in used}
     left = sorted({name.split(".")[0] for name in shapes.keys() - used})
-    return ({name: tensors[name] for name in used}, mean, std,
-            f"{path}: {len(used)} tensors taken, left out {' '.join(left) or 'none'}")
+    return taken, mean, std, f"{path}: {len(taken)} tensors taken, left out {' '.join(left) or 'none'}"
 
 
 # ---------------------------------------------------------------- evaluation
@@ -374,9 +391,9 @@ def as_results(found, number, categories):
     """One image's detections in the form of COCO's result files. categories: the category id of label 1, 2, ..."""
     boxes = torch.cat([found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]], 1)    # x, y, w, h
     masks = coco_tools()[2].encode(np.asfortranarray(found["masks"].permute(1, 2, 0).numpy(), np.uint8))
+    columns = found["labels"].tolist(), found["scores"].tolist(), boxes.tolist(), masks
     return [dict(image_id=number, category_id=categories[label - 1], score=score, bbox=box, segmentation=mask)
-            for label, score, box, mask in zip(found["labels"].tolist(), found["scores"].tolist(), boxes.tolist(), masks,
-                                               strict=True)]
+            for label, score, box, mask in zip(*columns, strict=True)]
 
 
 def average_precision(coco, results):
@@ -414,19 +431,20 @@ def scored(args, test_set, model, run):
     if run.speaks:
         if sys.stderr.isatty():
             experiment.show_line("")
-        say(f"epoch {line['epoch']:3d}  step {line['step']}  lr {run.lr:.5f}  loss {line['loss']:.3f}  {words(scores)}  "
-            f"{line['images_per_second']:.1f} images/s")
+        say(f"epoch {line['epoch']:3d}  step {line['step']}  lr {run.lr:.5f}  loss {line['loss']:.3f}  "
+            f"{words(scores)}  {line['images_per_second']:.1f} images/s")
         rows = []
         for number in test_set.ids[::max(1, len(test_set.ids) // 4)][:4]:
-            image, target = test_set.load(number)
-            rows.append([draw(image, found, run.facts["classes"]) for found in (target, detect(model, image, args.device))])
+            image, truth = test_set.load(number)
+            found = detect(model, image, args.device)
+            rows.append([draw(image, objects, run.facts["classes"]) for objects in (truth, found)])
         write(run.out / "detections.png", png(rows))
     return line, (scores["box_ap"] + scores["mask_ap"]) / 2
 
 
 def words(scores):
-    return "  ".join("{} AP {:.2f} (AP50 {:.2f}, AP75 {:.2f})".format(kind, *(scores[f"{kind}_{ap}"] for ap in ("ap", "ap50", "ap75")))
-                     for kind in ("box", "mask"))
+    return ("box AP {box_ap:.2f} (AP50 {box_ap50:.2f}, AP75 {box_ap75:.2f})  "
+            "mask AP {mask_ap:.2f} (AP50 {mask_ap50:.2f}, AP75 {mask_ap75:.2f})").format(**scores)
 
 
 # ---------------------------------------------------------------- pictures
@@ -441,14 +459,14 @@ def draw(image, found, classes):
     names = [classes[label - 1] + (f" {score:.2f}" if "scores" in found else "")
              for label, score in zip(found["labels"][keep].tolist(), scores[keep].tolist(), strict=True)]
     image = draw_segmentation_masks(image, found["masks"][keep].bool(), alpha=0.45, colors=colors)
-    return draw_bounding_boxes(image, found["boxes"][keep], names, colors, width=2, label_background_colors=colors)
+    return draw_bounding_boxes(image, found["boxes"][keep], names, colors, width=2, fill_labels=True)
 
 
 PALETTE = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#ffe119"]
 
 
 def png(rows, height=320):
-    """Bytes of a PNG: each row's pictures, uint8 [3, H, W], side by side, brought to one height; a white gap between."""
+    """Bytes of a PNG: each row's pictures, uint8 [3, H, W], side by side and of one height, with white gaps."""
     lines = []
     for row in rows:
         scaled = [F.resize(p, [height, round(height * p.shape[2] / p.shape[1])], antialias=True) for p in row]
@@ -478,7 +496,8 @@ def evaluate_file(args):
     model, saved, classes = trained_detector(args, args.evaluate)
     _, test_set, others = load_data(args.dataset or saved.dataset, args.data_dir or saved.data_dir)
     if classes != others:
-        raise UserError(f"{args.evaluate} was trained on other classes ({shorten(classes)}) than those of --data-dir ({shorten(others)})")
+        raise UserError(f"{args.evaluate} was trained on other classes ({shorten(classes)}) than those of --data-dir "
+                        f"({shorten(others)})")
     say(words(evaluate(saved, test_set, model, devices.Processes({}))))
 
 
@@ -489,10 +508,11 @@ def predict(args):
     for path in map(Path, args.predict):
         image = read_image(path)
         found = detect(model, image, args.device)
-        shown = [f"{classes[c - 1]} {s:.2f}" for c, s in zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)
-                 if s >= SHOWN]
-        write(out / f"{path.stem}_detections.png", png([[draw(image, found, classes)]], image.shape[1]))
-        say(f"{path}  {shorten(shown) or 'nothing'}; drawn in {out / (path.stem + '_detections.png')}")
+        pairs = zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)
+        shown = [f"{classes[label - 1]} {score:.2f}" for label, score in pairs if score >= SHOWN]
+        drawn = out / f"{path.stem}_detections.png"
+        write(drawn, png([[draw(image, found, classes)]], image.shape[1]))
+        say(f"{path}  {shorten(shown) or 'nothing'}; drawn in {drawn}")
 
 
 # ---------------------------------------------------------------- options and setting up
@@ -500,22 +520,26 @@ def predict(args):
 def build_parser():
     p = options.Parser(prog="detect.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("what is trained")
-    g.add_argument("--backbone", metavar="FILE", help="a student file of train.py, torchvision's weights (a state_dict), or: random")
+    g.add_argument("--backbone", metavar="FILE", help="a student file of train.py, torchvision's weights (a "
+                   "state_dict), or: random")
     g.add_argument("--arch", default="resnet50", choices=ARCHITECTURES, metavar="NAME",
                    help="the backbone's architecture (resnet50): " + ", ".join(ARCHITECTURES))
-    g.add_argument("--freeze", type=int, metavar="N", help="keep the layers as they are up to the N-th of the four maps that FPN "
-                   "reads, batch norm too; 1: ResNet's conv1, bn1 and layer1, ShuffleNetV2's conv1; 0: none (1; random 0)")
-    g.add_argument("--batch-norm", choices=["frozen", "train"], help="of the backbone: constant statistics, scale and shift, "
-                   "or trained (frozen; random train)")
-    g.add_argument("--proposals", type=int, metavar="N", help="regions an image that the heads train on; RPN proposes four "
-                   "times as many, at most 2000 (512; pennfudan 64)")
+    g.add_argument("--freeze", type=int, metavar="N", help="keep as they are, batch norm too, the layers up to the "
+                   "N-th of the four maps that FPN reads; 1: ResNet's conv1, bn1 and layer1, ShuffleNetV2's conv1; "
+                   "0: none (1; random 0)")
+    g.add_argument("--batch-norm", choices=["frozen", "train"], help="of the backbone: statistics, scale and shift "
+                   "stay, or are trained (frozen; random train)")
+    g.add_argument("--proposals", type=int, metavar="N", help="regions an image that the heads train on; RPN proposes "
+                   "four times as many, at most 2000 (512; pennfudan 64)")
     g = p.add_argument_group("data")
-    g.add_argument("--dataset", choices=["coco", "pennfudan", "own"], help="coco: DATA_DIR/annotations/instances_{train,val}2017.json, "
-                   "train2017/, val2017/; own: the same without 2017; pennfudan: images/ and masks/, or PNGImages/ and PedMasks/")
+    g.add_argument("--dataset", choices=["coco", "pennfudan", "own"], help="coco: train2017/, val2017/ and "
+                   "annotations/instances_{train,val}2017.json in DATA_DIR; own: the same without 2017; pennfudan: "
+                   "images/ and masks/, or PNGImages/ and PedMasks/")
     g.add_argument("--data-dir", metavar="DIR", help="where it is (data)")
-    g.add_argument("--min-size", type=int, metavar="PIXELS", help="images are scaled to this shorter side (800; pennfudan 256)")
-    g.add_argument("--max-size", type=int, metavar="PIXELS", help="unless the longer one were above this (1333; pennfudan 512)")
-    g.add_argument("--workers", type=int, default=4, help="processes that read images (4)")
+    g.add_argument("--min-size", type=int, metavar="PIXELS", help="images get this shorter side (800; pennfudan 256)")
+    g.add_argument("--max-size", type=int, metavar="PIXELS", help="and no longer one above this (1333; pennfudan 512)")
+    g.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1),
+                   help="processes that read images (4, or the number of CPUs)")
     g = p.add_argument_group("recipe")
     g.add_argument("--epochs", type=int, help="(12; pennfudan 10)")
     g.add_argument("--batch-size", type=int, help="images a step, of all processes together (16; pennfudan 2)")
@@ -527,8 +551,8 @@ def build_parser():
     g.add_argument("--seed", type=int, default=0, help="of initial weights, batches, flips and sampled regions (0)")
     g = options.running(p)
     g.add_argument("--evaluate", metavar="FILE", help="print AP of last.pt or best.pt, and end")
-    g.add_argument("--predict", nargs="+", metavar="IMAGE", help="draw what --checkpoint finds in pictures, in --out-dir or beside "
-                   "the checkpoint, and end")
+    g.add_argument("--predict", nargs="+", metavar="IMAGE", help="draw what --checkpoint finds in pictures, in "
+                   "--out-dir or beside the checkpoint, and end")
     g.add_argument("--checkpoint", metavar="FILE", help="of --predict: last.pt or best.pt")
     p.set_defaults(cuda_graph=False)                       # Run asks; the detector's shapes change with every batch
     return p
@@ -550,7 +574,8 @@ def parse(argv=None):
                    ("--batch-size", args.batch_size >= 1, "at least 1"), ("--warmup", args.warmup >= 0, "0 or more"),
                    ("--min-size", args.min_size >= 32, "at least 32"),
                    ("--max-size", args.max_size >= args.min_size, "at least --min-size"),
-                   ("--milestones", all(m >= 1 for m in args.milestones), "epochs from 1 on"), *options.running_rules(args)])
+                   ("--milestones", all(m >= 1 for m in args.milestones), "epochs from 1 on"),
+                   *options.running_rules(args)])
     if args.out_dir is None and args.backbone:
         usual = vars(fill(p.parse_args(["--dataset", args.dataset, "--backbone", args.backbone])))
         other = [f"-{k.replace('_', '-')}-{v}" for k, v in sorted(vars(args).items()) if v != usual[k]
@@ -573,17 +598,21 @@ def fill(args):
 
 def report(args, model, source, train_set, test_set, classes, run):
     """What will be trained, on what, for how long."""
-    whole, trained = (sum(p.numel() for p in some) for some in (model.parameters(), run.optimizers[0].param_groups[0]["params"]))
-    say(f"backbone   {args.arch}, {source}")
-    say(f"detector   Mask R-CNN with FPN: {whole:,} parameters, {trained:,} trained; --freeze {args.freeze}, batch norm {args.batch_norm}")
+    whole = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     empty = len(train_set.coco.imgs) - len(train_set.ids)
-    say(f"data       {args.dataset}: {len(train_set.ids):,} training" + (f" ({empty:,} without objects left out)" if empty else "")
-        + f" and {len(test_set.ids):,} test images, {len(classes)} class{'es' * (len(classes) > 1)}: {shorten(classes)}; "
-        f"shorter side {args.min_size}, longer at most {args.max_size}")
-    say(f"device     {devices.device_name(args.device)}, torch {torch.__version__}, torchvision {torchvision.__version__}"
-        + (f", {run.processes.size} processes" if run.processes.size > 1 else ""))
-    say(f"steps      {args.epochs} epochs of {run.steps_per_epoch} steps of {args.batch_size} = {args.epochs * run.steps_per_epoch:,}"
-        + (f", ending at {args.max_steps:,}" if args.max_steps else "") + f"; drops at {args.milestones}, warm-up {args.warmup} steps")
+    say(f"backbone   {args.arch}, {source}")
+    say(f"detector   Mask R-CNN with FPN: {whole:,} parameters, {trained:,} trained; --freeze {args.freeze}, "
+        f"batch norm {args.batch_norm}")
+    say(f"data       {args.dataset}: {len(train_set.ids):,} training"
+        + (f" ({empty:,} without objects left out)" if empty else "")
+        + f" and {len(test_set.ids):,} test images, {len(classes)} class{'es' * (len(classes) > 1)}: "
+        f"{shorten(classes)}; shorter side {args.min_size}, longer at most {args.max_size}")
+    say(f"device     {devices.device_name(args.device)}, torch {torch.__version__}, torchvision "
+        f"{torchvision.__version__}" + (f", {run.processes.size} processes" if run.processes.size > 1 else ""))
+    say(f"steps      {args.epochs} epochs of {run.steps_per_epoch} steps of {args.batch_size} = "
+        f"{args.epochs * run.steps_per_epoch:,}" + (f", ending at {args.max_steps:,}" if args.max_steps else "")
+        + f"; drops at {args.milestones}, warm-up {args.warmup} steps")
     say(f"output     {run.out}")
 
 
@@ -606,14 +635,14 @@ def main(argv=None):
                                       load_backbone(args.backbone, args.arch))
         train_set, test_set, classes = load_data(args.dataset, args.data_dir)
         if args.batch_size > len(train_set.ids):
-            raise UserError(f"--batch-size {args.batch_size} is larger than the training set ({len(train_set.ids)} images)")
+            raise UserError(f"--batch-size {args.batch_size} is larger than the training set "
+                            f"({len(train_set.ids)} images)")
         if state and state["classes"] != classes:
-            raise UserError(f"{out / 'last.pt'} was trained on other classes ({shorten(state['classes'])}) than those in --data-dir "
-                            f"{args.data_dir} ({shorten(classes)}): give its own")
-        model = build(args, classes, mean, std, weights)
+            raise UserError(f"{out / 'last.pt'} was trained on other classes ({shorten(state['classes'])}) than those "
+                            f"in --data-dir {args.data_dir} ({shorten(classes)}): give its own")
+        model, facts = build(args, classes, mean, std, weights), dict(classes=classes, mean=list(mean), std=list(std))
         with experiment.Signals("detect.py", processes.rank == 0) as signals:
-            start(args, train_set, test_set, model, out, state, source, dict(classes=classes, mean=list(mean), std=list(std)),
-                  processes, signals)
+            start(args, train_set, test_set, model, out, state, source, facts, processes, signals)
 
 
 def start(args, train_set, test_set, model, out, state, source, facts, processes, signals):
@@ -637,8 +666,9 @@ def start(args, train_set, test_set, model, out, state, source, facts, processes
     run.write_log()
     train(args, train_set, test_set, model, run)
     if run.speaks:
-        say(f"ended      {run.total_steps:,} steps, best epoch {run.best_epoch} (mean of box and mask AP {run.best:.2f}, best.pt)"
-            f"; next: --evaluate {out / 'last.pt'}, or --predict IMAGE --checkpoint {out / 'last.pt'}")
+        say(f"ended      {run.total_steps:,} steps, best epoch {run.best_epoch} (mean of box and mask AP "
+            f"{run.best:.2f}, best.pt); next: --evaluate {out / 'last.pt'}, or --predict IMAGE --checkpoint "
+            f"{out / 'last.pt'}")
     processes.stop()
 
 

@@ -209,7 +209,7 @@ class AFD(Independent):
         maps, logits = self.students.last_maps(images)
         aligned = self.discriminators.align(maps)                                     # N x [B, c, h, w]
         # For second_step. In CUDA graphs too: both functions are captured at the same call of each batch size.
-        self.maps = [m.detach().float() for m in aligned]
+        self.maps = [losses.at_least_float32(m.detach()) for m in aligned]
         terms = {"ce": (1, losses.cross_entropy(logits, labels)),
                  "kd": (1, losses.mutual_distillation(logits[:, -1], self.args.T))}
         if self.second_every:

@@ -24,7 +24,8 @@ tools = pytest.importorskip("pycocotools.mask")
 COCO = pytest.importorskip("pycocotools.coco").COCO
 COCOeval = pytest.importorskip("pycocotools.cocoeval").COCOeval
 
-SMALL = ["--min-size", 48, "--max-size", 64, "--proposals", 8, "--device", "cpu", "--workers", 0, "--warmup", 1, "--epochs", 2]
+SMALL = ["--min-size", 48, "--max-size", 64, "--proposals", 8, "--device", "cpu", "--workers", 0, "--warmup", 1,
+         "--epochs", 2]
 
 
 def rectangle(x, y, w, h):
@@ -48,7 +49,7 @@ def write_set(root, train=5, test=3):
             size, boxes = (64, 48) if i % 2 else (48, 64), [(4 + i, 6, 24, 14), (30, 20, 10, 22)]
             save_image(root / part / f"{i}.png", size, boxes, seed=i)
             content["images"].append(dict(id=i, file_name=f"{i}.png", width=size[0], height=size[1]))
-            content["annotations"] += [dict(id=2 * i + k, image_id=i, category_id=(7, 3)[k], bbox=list(b), area=b[2] * b[3],
+            content["annotations"] += [dict(id=2 * i + k, image_id=i, category_id=(7, 3)[k], bbox=b, area=b[2] * b[3],
                                             iscrowd=0, segmentation=rectangle(*b)) for k, b in enumerate(boxes)]
         save_json(root, part, content)
     return root
@@ -72,17 +73,21 @@ def run(own, tmp_path, monkeypatch):
     monkeypatch.setattr(detect, "WIDTH", 8)
 
     def run(*more, out="out"):
-        new = ["--dataset", "own", "--data-dir", own, "--arch", "shufflenet_v2_x0_5", "--backbone", "random", "--batch-size", 2,
-               "--lr", 0.01, *SMALL, "--out-dir", out]
-        detect.main(list(map(str, [*new, *more] if "--evaluate" not in more and "--predict" not in more else more)))
+        trains = "--evaluate" not in more and "--predict" not in more
+        detect.main(training(own, out, *more) if trains else list(map(str, more)))
         return read_log(out)
 
     return run
 
 
+def training(own, out, *more):
+    return list(map(str, ["--dataset", "own", "--data-dir", own, "--arch", "shufflenet_v2_x0_5", "--backbone", "random",
+                          "--batch-size", 2, "--lr", 0.01, *SMALL, "--out-dir", out, *more]))
+
+
 @pytest.fixture
 def fails(run, capsys):
-    """Run detect.py, which is to end by this exit status and one line with all these words, and without a checkpoint."""
+    """Run detect.py, which is to end by this exit status and one line with all these words, and save nothing."""
     def fails(*flags, words=(), status=1):
         with pytest.raises(SystemExit) as end:
             run(*flags)
@@ -113,12 +118,12 @@ def test_odd_annotations(tmp_path):
         dict(id=2, image_id=0, category_id=2, bbox=[10, 5, 8, 10], area=80, iscrowd=0,
              segmentation=dict(size=[40, 30], counts=counts)),
         dict(id=3, image_id=0, category_id=2, bbox=[10, 5, 8, 10], segmentation=packed),     # no area, no iscrowd
-        dict(id=4, image_id=0, category_id=2, bbox=[25, 30, 20, 20], segmentation=rectangle(25, 30, 20, 20)),    # beyond
+        dict(id=4, image_id=0, category_id=2, bbox=[25, 30, 20, 20], segmentation=rectangle(25, 30, 20, 20)),
         dict(id=5, image_id=0, category_id=2, bbox=[3, 3, 0, 9], area=0, iscrowd=0, segmentation=rectangle(3, 3, 0, 9)),
         dict(id=6, image_id=0, category_id=2, bbox=[1, 2, 3, 4], area=12, iscrowd=0, segmentation=[[1, 2, 3, 4]]),
         dict(id=7, image_id=0, category_id=2, bbox=[1, 2, 3, 4], area=12, iscrowd=0, segmentation=[]),    # a box alone
-        dict(id=8, image_id=3, category_id=2, bbox=[3, 3, 0.5, 9], area=4, iscrowd=0, segmentation=rectangle(3, 3, 0.5, 9)),
-        dict(id=9, image_id=8, category_id=2, bbox=[0, 0, 9, 9], area=81, iscrowd=1, segmentation=rectangle(0, 0, 9, 9)),
+        dict(id=8, image_id=3, category_id=2, bbox=[3, 3, .5, 9], segmentation=rectangle(3, 3, 1, 9)),
+        dict(id=9, image_id=8, category_id=2, bbox=[0, 0, 9, 9], area=9, iscrowd=1, segmentation=rectangle(0, 0, 9, 9)),
     ]
     for part in ("train", "val"):
         save_json(tmp_path, part, dict(images=images, annotations=annotations, categories=categories))
@@ -126,12 +131,12 @@ def test_odd_annotations(tmp_path):
         save_image(tmp_path / "train" / f"{i}.png", (30, 40))
     train, test, classes = detect.load_data("own", tmp_path)
     assert classes == ["a", "b"] and test.ids == [0, 3, 5, 8]
-    assert train.ids == [0, 8]                             # 5 has no object, 3 one below a pixel; a crowd counts, as in torchvision's
+    assert train.ids == [0, 8]                             # 5 has no object, 3 one below a pixel; 8's crowd counts
     image, target = train.load(0)
     assert image.shape == (3, 40, 30) and image.dtype == torch.uint8
     assert target["boxes"].tolist() == [[0, 0, 15, 15], [10, 5, 18, 15], [10, 5, 18, 15], [25, 30, 30, 40]]
     assert target["labels"].tolist() == [2, 1, 1, 1]
-    assert torch.equal(target["masks"][1], torch.from_numpy(blob)) and torch.equal(target["masks"][2], target["masks"][1])
+    assert all(torch.equal(target["masks"][k], torch.from_numpy(blob)) for k in (1, 2))
     assert target["masks"].sum((1, 2)).tolist() == [49, 80, 80, 50]
     flipped_image, flipped = train.load(0, flip=True)
     assert torch.equal(flipped_image, image.flip(-1)) and torch.equal(flipped["masks"], target["masks"].flip(-1))
@@ -170,7 +175,8 @@ def test_plan():
     assert sum(len({images[i]["width"] > 3 for i in b}) > 1 for b in ids) <= 1
     assert plan(step=2) == plan()[2:] and plan(epoch=1) != plan()
     assert {flip for batch in plan() for _, flip in batch} == {True, False}
-    assert [sorted(a + b) for a, b in zip(plan(part=(0, 2)), plan(part=(1, 2)), strict=True)] == [sorted(b) for b in plan()]
+    halves = zip(plan(part=(0, 2)), plan(part=(1, 2)), strict=True)
+    assert [sorted(a + b) for a, b in halves] == [sorted(batch) for batch in plan()]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -202,9 +208,8 @@ def test_average_precision(own, tmp_path):
     truth = json.loads((own / "annotations/instances_val.json").read_text())
     for number, a in enumerate(truth["annotations"]):      # pycocotools on files loses the object numbered 0
         a["id"] = number + 1
-    for name, content in (("truth", truth), ("found", [
-            {**r, "segmentation": {**r["segmentation"], "counts": r["segmentation"]["counts"].decode()}} for r in mixed])):
-        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "truth").write_text(json.dumps(truth))
+    (tmp_path / "found").write_text(json.dumps(mixed, default=bytes.decode))
     coco, expected = COCO(str(tmp_path / "truth")), []
     for kind, key in (("bbox", "segmentation"), ("segm", "bbox")):
         part = [{k: v for k, v in r.items() if k != key} for r in json.loads((tmp_path / "found").read_text())]
@@ -234,20 +239,22 @@ def test_backbones(arch, tmp_path, monkeypatch):
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.uniform_(-1, 1)
             module.running_var.uniform_(1, 2)
-    file = dict(state_dict=net.state_dict(), architecture=arch, classes=list("abcd"), mean=(.4, .5, .6), std=(.1, .2, .3))
+    file = dict(state_dict=net.state_dict(), architecture=arch, classes=[*"abcd"], mean=(.4, .5, .6), std=(.1, .2, .3))
     torch.save(file, tmp_path / "student.pt")
-    torch.save(net.state_dict(), tmp_path / "plain.pth")
+    older = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(older, tmp_path / "plain.pth")
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        known = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(image))))) if arch == "resnet18" else net.maxpool(net.conv1(image))
+        known = (net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(image))))) if arch == "resnet18" else
+                 net.maxpool(net.conv1(image)))
     for name, mean in (("student.pt", [.4, .5, .6]), ("plain.pth", [.485, .456, .406])):
         taken, *mean_std, words = detect.load_backbone(str(tmp_path / name), arch)
         assert f"{len(taken)} tensors taken" in words and words.endswith("fc")
-        model = detect.build(options("--arch", arch), ["a"], *mean_std, taken).train()       # frozen: train mode changes nothing
+        model = detect.build(options("--arch", arch), ["a"], *mean_std, taken).train()       # train mode: BN is frozen
         assert model.transform.image_mean == mean
         torch.testing.assert_close(model.backbone.body(image)["0"], known)
     other = "shufflenet_v2_x1_0" if arch.startswith("shuffle") else "resnet34"
-    for name, words in (("student.pt", f"is no {other} but {arch}"), ("plain.pth", f"is no {other} but something else")):
+    for name, words in (("student.pt", f"no {other} but {arch}"), ("plain.pth", f"no {other} but something else")):
         with pytest.raises(detect.UserError, match=words):
             detect.load_backbone(str(tmp_path / name), other)
 
@@ -269,11 +276,11 @@ def test_frozen_layers(flags, trained, moving, own, monkeypatch):
     before = {k: v.clone() for k, v in body.state_dict().items()}
     train, _, _ = detect.load_data("own", own)
     torch.manual_seed(0)
-    detect.train_step(args, model, Namespace(optimizers=[optimizer], processes=Processes({}), epoch=0, total_steps=9), *zip(train.load(0), train.load(2), strict=True))
+    run = Namespace(optimizers=[optimizer], processes=Processes({}), epoch=0, total_steps=9)
+    detect.train_step(args, model, run, *zip(train.load(0), train.load(2), strict=True))
     changed = [k for k, v in body.state_dict().items() if not torch.equal(v, before[k])]
-    roots = lambda names: {k.split(".")[0] for k in names}
-    assert roots(k for k in changed if k.endswith("weight")) == set(trained.split())
-    assert roots(k for k in changed if "running" in k) == set(moving.split())
+    assert {k.split(".")[0] for k in changed if k.endswith("weight")} == set(trained.split())
+    assert {k.split(".")[0] for k in changed if "running" in k} == set(moving.split())
 
 
 def test_proposals(monkeypatch):
@@ -306,7 +313,7 @@ def test_bfloat16(own, monkeypatch):
 # ---------------------------------------------------------------- runs
 
 def test_resume_evaluate_predict(run, own, capsys, monkeypatch):
-    """Stopped inside an epoch by --max-steps, then by a signal, and resumed: bit for bit the run that was not stopped."""
+    """Stopped inside epochs by --max-steps, then by a signal, and resumed: bit for bit as if not stopped."""
     log = run(out="whole")
     assert [line["step"] for line in log[1:]] == [2, 4] and {"loss", "loss_mask", *detect.SCORES} <= log[-1].keys()
     run("--max-steps", 1, out="parts")
@@ -339,17 +346,17 @@ def test_two_processes(run, own):
     """The parts' gradients are averaged, their detections gathered: AP is what one process finds."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    flags = ["--dataset", "own", "--data-dir", own, "--arch", "shufflenet_v2_x0_5", "--backbone", "random", "--batch-size", 2,
-             "--max-steps", 1, *SMALL, "--out-dir", "two"]
-    both = [subprocess.Popen([sys.executable, "-c", "import sys, detect; detect.WIDTH = 8; detect.main(sys.argv[1:])", *map(str, flags)],
-                             env={**os.environ, "PYTHONPATH": str(Path(detect.__file__).parent), "OMP_NUM_THREADS": "1", "RANK": str(rank),
-                                  "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-            for rank in range(2)]
+    code = "import sys, detect; detect.WIDTH = 8; detect.main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, *training(own, "two", "--max-steps", 1)]
+    shared = dict(PYTHONPATH=str(Path(detect.__file__).parent), OMP_NUM_THREADS="1", WORLD_SIZE="2",
+                  MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    both = [subprocess.Popen(command, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
     assert [p.wait() for p in both] == [0, 0]
     line = read_log("two")[-1]
     model, saved, _ = detect.trained_detector(Namespace(device=torch.device("cpu"), workers=0), "two/last.pt")
     _, test, _ = detect.load_data("own", own)
-    assert line["step"] == 1 and detect.evaluate(saved, test, model, Processes({})) == {k: line[k] for k in detect.SCORES}
+    assert line["step"] == 1
+    assert detect.evaluate(saved, test, model, Processes({})) == {k: line[k] for k in detect.SCORES}
 
 
 def test_not_finite(fails):
@@ -395,6 +402,7 @@ def test_without_pycocotools(fails, monkeypatch):
     (["--data-dir", "boxes"], "no training image", 1),
     (["--data-dir", "others"], "are not those of the test set (dog)", 1),
     (["--data-dir", "wrong"], "is 9x9, its annotation says 8x8", 1),
+    (["--data-dir", "rle"], "the masks of image a.png cannot be read", 1),
     (["--dataset", "coco"], "instances_train2017.json", 1),
     (["--dataset", "pennfudan", "--data-dir", "empty"], "neither images/ and masks/", 1),
     (["--dataset", "pennfudan", "--data-dir", "maskless"], "cannot read mask", 1),
@@ -407,16 +415,18 @@ def test_errors_in_one_line(flags, words, status, fails, tmp_path):
     Path("text.pt").write_text("no weights")
     torch.save(dict(a=torch.zeros(2)), "odd.pt")
     Path("empty").mkdir()
-    image, box = dict(id=1, file_name="a.png", width=8, height=8), dict(id=1, image_id=1, category_id=1, bbox=[1, 1, 4, 4])
-    whole, cat = {**box, "segmentation": rectangle(1, 1, 4, 4)}, dict(id=1, name="cat")
-    for name, train, test in (("list", [], []), ("stray", dict(images=[image], annotations=[whole], categories=[]), None),
-                              ("boxes", dict(images=[image], annotations=[box], categories=[cat]), None),
-                              ("others", dict(images=[image], annotations=[whole], categories=[cat]),
-                               dict(images=[image], annotations=[whole], categories=[dict(id=1, name="dog")])),
-                              ("wrong", dict(images=[image, {**image, "id": 2}], annotations=[whole, {**whole, "image_id": 2}],
-                                             categories=[cat]), None)):
-        for part in ("train", "val"):
-            save_json(Path(name), part, train if part == "train" or test is None else test)
+    images = [dict(id=i, file_name="a.png", width=8, height=8) for i in (1, 2)]
+    boxes = [dict(id=i, image_id=i, category_id=1, bbox=[1, 1, 4, 4]) for i in (1, 2)]
+    right = dict(images=images, annotations=[{**b, "segmentation": rectangle(1, 1, 4, 4)} for b in boxes],
+                 categories=[dict(id=1, name="cat")])
+    for name, train, test in (("list", [], []), ("wrong", {}, {}), ("stray", *[dict(categories=[])] * 2),
+                              ("boxes", *[dict(annotations=boxes)] * 2), ("rle", dict(
+                                  images=[{**i, "width": 9, "height": 9} for i in images],
+                                  annotations=[{**b, "segmentation": dict(size=[3, 4], counts="P")} for b in boxes]),
+                               {}),
+                              ("others", {}, dict(categories=[dict(id=1, name="dog")]))):
+        for part, content in (("train", train), ("val", test)):
+            save_json(Path(name), part, content if name == "list" else {**right, **content})
             save_image(Path(name) / part / "a.png", (9, 9))
     (Path("text") / "annotations").mkdir(parents=True)
     (Path("text") / "annotations" / "instances_train.json").write_text("{")

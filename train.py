@@ -61,8 +61,9 @@ def train(args, dataset, method, run):
             run.after_step()
             if run.total_steps == args.max_steps and run.step < run.steps_per_epoch:
                 return run.end_early(*scored(args, dataset, method, run, lr))
-        run.end_epoch(*scored(args, dataset, method, run, lr))
+        line, score = scored(args, dataset, method, run, lr)
         method.end_epoch()
+        run.end_epoch(line, score)
 
 
 def train_step(args, method, run, images, labels, *rows):
@@ -171,11 +172,11 @@ def evaluate_file(args):
     """--evaluate: top-1 and top-5 of every student of last.pt, best.pt or a student file."""
     students, saved = trained_students(args.evaluate, args.device)
     given = {k: v for k, v in vars(args).items() if k in ("dataset", "data_dir") and v is not None}
-    options = argparse.Namespace(**{**dict(data_dir="data"), **vars(saved), **given})
-    dataset = load_data(options, image_size=students[0].image_size)
+    saved = argparse.Namespace(**{**vars(saved), **given})
+    dataset = load_data(saved, image_size=students[0].image_size)
     if list(dataset.classes) != list(students[0].classes):
         raise UserError(f"{args.evaluate} was trained on other classes ({shorten(students[0].classes)}) than those of --dataset "
-                        f"{dataset.name} --data-dir {options.data_dir} ({shorten(dataset.classes)}): give its own data set")
+                        f"{dataset.name} --data-dir {saved.data_dir} ({shorten(dataset.classes)}): give its own data set")
     dataset = dataclasses.replace(dataset, mean=students[0].mean, std=students[0].std).to(args.device)
     scores = evaluate(students, dataset.test_batches("test"), devices.Processes({}))
     for a, (student, top1, top5) in enumerate(zip(students, *scores, strict=True), start=1):
@@ -188,9 +189,9 @@ def predict(args):
     if not args.checkpoint:
         raise UserError("--predict wants --checkpoint FILE: a student file, last.pt or best.pt")
     students, _ = trained_students(args.checkpoint, args.device)
-    for path in data.image_files(args.predict):
-        image = students[0].transform(data.open_image(path))[None].to(args.device)               # [1, 3, H, W]
-        probability = torch.stack([student(image).softmax(-1)[0] for student in students]).mean(0)    # [C]
+    for path, pixels in data.pictures(args.predict):
+        image = students[0].transform(pixels)[None].to(args.device)                                  # [1, 3, H, W]
+        probability = torch.stack([student(image).softmax(-1)[0] for student in students]).mean(0)   # [C]
         best = probability.topk(min(5, len(probability)))
         say(f"{path}  " + "  ".join(f"{students[0].classes[c]} {p:.2f}" for p, c in
                                     zip(best.values.tolist(), best.indices.tolist(), strict=True)))
@@ -198,20 +199,19 @@ def predict(args):
 
 def trained_students(path, device):
     """The networks of a student file, last.pt or best.pt, in eval mode (models.load_student), and the run's options."""
-    try:
-        return [models.load_student(path).to(device)], argparse.Namespace(dataset="cifar100")
-    except ValueError:                                     # no student file
-        state = experiment.load_checkpoint(path)
+    content = mendable(models.read_weights, path)
+    if models.is_student_file(content):
+        return [mendable(models.load_student, content).to(device)], options.parse("", [])
+    state = experiment.load_checkpoint(path)
     saved = argparse.Namespace(**state["args"])
     if saved.model_file:
         mendable(models.load_model_file, saved.model_file)
-    cohort = models.Cohort(saved.arch, len(state["classes"]), branches=False)
-    for a, student in enumerate(cohort.students):
+    cohort, students = models.Cohort(saved.arch, len(state["classes"]), branches=False), []
+    for a, (name, student) in enumerate(zip(saved.arch, cohort.students, strict=True)):
         prefix = f"students.{a}.backbone."
-        own = {key.split(prefix)[1]: value for key, value in state["model"].items() if prefix in key}
-        student.backbone.load_state_dict(own)
-    return [models.load_student(exported(student.backbone, name, state)).to(device)
-            for name, student in zip(saved.arch, cohort.students, strict=True)], saved
+        student.backbone.load_state_dict({key.split(prefix)[1]: v for key, v in state["model"].items() if prefix in key})
+        students.append(models.load_student(exported(student.backbone, name, state)).to(device))
+    return students, saved
 
 
 def exported(backbone, name, facts):
@@ -305,9 +305,7 @@ def main(argv=None):
         if processes.rank == 0:
             say("loading    the data set")
         dataset = load_data(args).to(args.device)
-        if args.batch_size > len(dataset.train_labels):
-            raise UserError(f"--batch-size {args.batch_size} is larger than the training set ({len(dataset.train_labels)} images): "
-                            f"at most {len(dataset.train_labels) // 2 * 2} fits")
+        dataset.steps_per_epoch(args.batch_size)           # which refuses one that is too large
         if found and list(found["classes"]) != list(dataset.classes):
             raise UserError(f"{out / 'last.pt'} was trained on other classes ({shorten(found['classes'])}) than those in --data-dir "
                             f"{args.data_dir} ({shorten(dataset.classes)}): give its own")
@@ -332,8 +330,9 @@ def start(args, dataset, method, out, found, processes, signals):
         run.load(found)
         found.clear()                                      # its tensors are not needed twice
     if run.speaks and args.resume:
-        say(f"resuming   {out / 'last.pt'}, {run.total_steps:,} steps done" if run.total_steps else
-            f"resuming   no {out / 'last.pt'}: starting afresh")
+        done = run.epoch >= args.epochs or 0 < args.max_steps <= run.total_steps
+        say(f"resuming   {out / 'last.pt'}, {run.total_steps:,} steps done" + "; nothing is left to do" * done if run.total_steps
+            else f"resuming   no {out / 'last.pt'}: starting afresh")
     run.write_log()
     train(args, dataset, method, run)
     if run.speaks:
