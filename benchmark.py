@@ -55,7 +55,9 @@ def peak_memory(args):
     """Bytes: the allocator's on CUDA (graphs keep pools of their own), the process's on the CPU."""
     if args.device.type == "cuda":
         return (torch.cuda.max_memory_reserved if args.cuda_graph else torch.cuda.max_memory_allocated)(args.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) if resource else 0
+    if resource is None:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def operations(function):
@@ -73,12 +75,13 @@ def benchmark(args, dataset, processes, runs=50, warm_up=5):
         run = experiment.Run(settings, None, method, train.make_optimizers(settings, method), {},
                              dataset.steps_per_epoch(args.batch_size), len(dataset.train_labels), processes, None)
         run.start_epoch(args.lr)
-        some = [(images, labels, *(method.bank.draw(index, 0, 0) if method.bank else ())) for images, labels, index in
-                itertools.islice(dataset.train_batches(args.batch_size, args.seed, 0, pairs=args.batches == "pairs"), 8)]
+        epoch = dataset.train_batches(args.batch_size, args.seed, 0, pairs=args.batches == "pairs")
+        some = [(images, labels, *(method.bank.draw(index, 0, 0) if method.bank else ()))
+                for images, labels, index in itertools.islice(epoch, 8)]
         batches = itertools.cycle([batch for batch in some if len(batch[1]) == len(some[0][1])])      # of one size
         step, second_step = train.steps(settings, dataset, method, run)
         row = rows[f"step, {name}"] = clock(lambda: step(*next(batches)), runs, warm_up, args)       # noqa: B023
-        row["operations"] = operations(lambda: train.train_step(settings, method, run, *next(batches)))      # noqa: B023
+        row["operations"] = operations(lambda: train.train_step(settings, method, run, *next(batches)))   # noqa: B023
         row["images_per_second"] = round(1e3 * len(some[0][1]) / row["median_ms"], 1)
     if method.second_every:
         warm_up = devices.CUDAGraphs.WARM_UP + 1 if args.cuda_graph else 1
@@ -97,8 +100,9 @@ def main(argv=None):
         args.device = devices.pick_device(args.device, processes)
         dataset = train.load_data(args).to(args.device)
         rows = benchmark(args, dataset, processes)
-        experiment.say(json.dumps(dict(arch=args.arch, batch_size=args.batch_size, device=devices.device_name(args.device),
-                                       amp=args.amp, cuda_graph=args.cuda_graph, torch=str(torch.__version__), **rows)))
+        setting = dict(arch=args.arch, batch_size=args.batch_size, device=devices.device_name(args.device),
+                       amp=args.amp, cuda_graph=args.cuda_graph, torch=str(torch.__version__))
+        experiment.say(json.dumps({**setting, **rows}))
         for name, row in rows.items():
             experiment.say(f"{name:24}" + "  ".join(f"{k} {v}" for k, v in row.items()))
 

@@ -33,8 +33,9 @@ def images(tmp_path_factory):
 def flags(images, out, epochs, *more):
     """3 steps an epoch, a meta step at every second, resnet8 unless `more` has --arch."""
     arch = [] if "--arch" in more else ["--arch", "resnet8"]
-    return ["--dataset", "folder", "--data-dir", str(images), "--image-size", "16", "--batch-size", "18", "--meta-freq", "2",
-            "--device", "cpu", "--epochs", str(epochs), "--out-dir", str(out), *arch, *map(str, more)]
+    return ["--dataset", "folder", "--data-dir", str(images), "--image-size", "16", "--batch-size", "18",
+            "--meta-freq", "2", "--device", "cpu", "--epochs", str(epochs), "--out-dir", str(out), *arch,
+            *map(str, more)]
 
 
 @pytest.fixture

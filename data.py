@@ -24,7 +24,7 @@ import socket
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields, replace
 from http.client import HTTPException
 from math import exp, log, sqrt, tau
@@ -48,7 +48,6 @@ CIFAR = {  # torchvision's class, mean, std of the training images as published
     "cifar10": (datasets.CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
 }
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, std
-UNREADABLE = "cannot read image {} ({}); mend or remove it"
 NETWORK_ERRORS = (URLError, ConnectionError, TimeoutError, HTTPException)
 SHAPES = ("disc", "square", "triangle", "ring", "cross")
 TEXTURES = ("shaded", "striped", "checked", "dotted")
@@ -171,26 +170,9 @@ class Streamed(Dataset):
         """The images of each batch, float32 [b, 3, H, W] normalised on the device; view: else the evaluation's."""
         device = self.train_labels.device
         view = view or functools.partial(centre_view, self.resize, self.image_size)
-        loader = DataLoader(
-            Reader(self.data_dir, files, view, self.image_size), batch_size=None,  # an item is a whole batch
-            sampler=[index.numpy() for index in indices], num_workers=self.workers, pin_memory=device.type == "cuda",
-            worker_init_fn=leave_group, generator=torch.Generator())  # or it would draw from the global generator
-        handler = signal.getsignal(signal.SIGCHLD)
-        try:
-            batches = iter(loader)
-            with suppress(ValueError):  # outside the main thread no handler is set
-                signal.signal(signal.SIGCHLD, handler)  # torch's would raise in the middle of a step; next() does too
-            for images in batches:
-                if isinstance(images, str):
-                    raise DataError(images)
-                yield normalise(images.to(device, non_blocking=True), *self.mean_std)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(f"a process that reads images has ended ({error}): killed, or out of memory (RAM or "
-                            f"/dev/shm); try fewer --workers than {self.workers}") from error
-        finally:
-            batches = None  # ends the workers now, though a traceback may keep this frame
+        load = functools.partial(read_views, self.data_dir, files, view, self.image_size)
+        for images in read_items(load, [index.numpy() for index in indices], self.workers, device.type == "cuda"):
+            yield normalise(images.to(device, non_blocking=True), *self.mean_std)
 
 
 # ---------------------------------------------------------------- loading
@@ -328,7 +310,8 @@ def _scan(data_dir: Path, folder: Path) -> tuple[list[str], np.ndarray, Tensor, 
         classes = sorted(entry.name for entry in entries if entry.is_dir())
         skipped += [entry.path for entry in entries if not entry.is_dir()]
         for name in classes:
-            walk = sorted(_walk(os.path.join(folder, name), (os.path.realpath(folder),), notes, skipped))
+            start = os.path.join(data_dir, folder.name, name)  # as `below` counts: Path(".") / name drops the "./"
+            walk = sorted(_walk(start, (os.path.realpath(folder),), notes, skipped))
             paths = [os.fsencode(f"{parent[below:]}/{file}") for parent, some in walk for file in some]
             files.append(np.array(paths, "S"))
     except OSError as error:
@@ -379,19 +362,15 @@ def _decode(data_dir: Path, files: np.ndarray, size: int) -> Tensor:
 
     def decode(i: int) -> None:
         path = os.path.join(data_dir, os.fsdecode(files[i]))
-        try:
-            with Image.open(path) as image:  # of an animation the first frame
-                image = _rgb(image)
+        with naming(path), Image.open(path) as image:  # of an animation the first frame
+            image = _rgb(image)
             if image.size != (size, size):  # shorter side to `size`, the middle of the longer one
                 image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
             images[i] = np.asarray(image)
-        except Exception as error:  # Pillow raises many kinds for broken files
-            raise DataError(UNREADABLE.format(path, error)) from error
 
     pool = ThreadPoolExecutor()
     try:
-        for _ in pool.map(decode, range(len(files))):
-            pass
+        list(pool.map(decode, range(len(files))))
     finally:  # Ctrl-C and errors wait for the images in hand only
         pool.shutdown(cancel_futures=True)
     return torch.from_numpy(images)
@@ -423,25 +402,57 @@ def _mean_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 # ---------------------------------------------------------------- streaming
 
-@dataclass
-class Reader:
-    """What DataLoader's workers call: a batch of numbers to the views of its images."""
+def read_items(load: Callable, batches: list, workers: int, pin_memory: bool = False) -> Iterator:
+    """load(batch) of each batch in order, by `workers` processes (0: by this one). Raises DataError, as load may."""
+    loader = DataLoader(batches, batch_size=None, collate_fn=functools.partial(attempt, load), num_workers=workers,
+                        pin_memory=pin_memory, worker_init_fn=leave_group, generator=torch.Generator())  # its own
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        items = iter(loader)
+        with suppress(ValueError):  # outside the main thread no handler is set
+            signal.signal(signal.SIGCHLD, handler)  # torch's would raise in the middle of a step; next() does too
+        for item in items:
+            if isinstance(item, DataError):
+                raise item
+            yield item
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(f"a process that reads images has ended ({error}): try fewer --workers") from error
+    finally:
+        items = None  # ends the workers now, though a traceback may keep this frame
 
-    data_dir: str
-    files: np.ndarray  # bytes [n]
-    view: Callable  # (uint8 [3, h, w], number) -> uint8 [3, size, size]
-    size: int
 
-    def __getitem__(self, batch: np.ndarray) -> Tensor | str:
-        """uint8 [b, size, size, 3]. A broken file comes back as its message: DataLoader would wrap an exception."""
-        images = torch.empty(len(batch), self.size, self.size, 3, dtype=torch.uint8)
-        for place, i in enumerate(batch):
-            path = os.path.join(self.data_dir, os.fsdecode(self.files[i]))
-            try:
-                images[place] = self.view(read_image(path), i).permute(1, 2, 0)
-            except Exception as error:  # decoders raise many kinds for broken files
-                return UNREADABLE.format(path, error)
-        return images
+def attempt(load: Callable, batch):
+    """load(batch), or its DataError as a value: DataLoader would wrap a traceback around it."""
+    try:
+        return load(batch)
+    except DataError as error:
+        return error
+
+
+def leave_group(worker: int) -> None:
+    """Ctrl-C and torchrun's SIGTERM go to the program's process group, which needs its workers for its last step."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # SIGTERM must end a worker: the program's exit waits for that
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Decoders raise many kinds for a broken file: each becomes a DataError that names it."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"cannot read image {path} ({error}); mend or remove it") from error
+
+
+def read_views(data_dir: str, files: np.ndarray, view: Callable, size: int, batch: np.ndarray) -> Tensor:
+    """uint8 [b, size, size, 3]: views of the files numbered in `batch`. view: (uint8 [3, h, w], number) -> a view."""
+    images = torch.empty(len(batch), size, size, 3, dtype=torch.uint8)
+    for place, i in enumerate(batch):
+        with naming(path := os.path.join(data_dir, os.fsdecode(files[i]))):
+            images[place] = view(read_image(path), i).permute(1, 2, 0)
+    return images
 
 
 def read_image(path: str) -> Tensor:
@@ -459,10 +470,9 @@ def pictures(paths: list[str]) -> Iterator[tuple[str, Tensor]]:
     for path in paths:
         within = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in ENDINGS)
         for name in within if os.path.isdir(path) else [path]:
-            try:
-                yield name, read_image(name)
-            except Exception as error:  # decoders raise many kinds for broken files
-                raise DataError(UNREADABLE.format(name, error)) from error
+            with naming(name):
+                image = read_image(name)
+            yield name, image
 
 
 def random_view(seed: str, size: int, may_flip: bool, image: Tensor, number: int) -> Tensor:
@@ -487,12 +497,6 @@ def crop_box(height: int, width: int, generator: random.Random) -> tuple[int, in
 def centre_view(resize: int, size: int, image: Tensor, number: int) -> Tensor:
     """The evaluation's view: shorter side to `resize`, the middle [3, size, size]."""
     return F.center_crop(F.resize(image, [resize], antialias=True), [size, size])
-
-
-def leave_group(worker: int) -> None:
-    """Ctrl-C and torchrun's SIGTERM go to the program's process group, which needs its workers for its last step."""
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # SIGTERM must end a worker: the program's exit waits for that
 
 
 # ---------------------------------------------------------------- drawn images
@@ -574,8 +578,7 @@ def count_steps(n: int, batch_size: int) -> int:
 
 
 def random_generator(key: str) -> torch.Generator:
-    """Seeded by SHA-256 of `key`. (torch's CPU generator uses the low 32 bits: neighbouring seeds and epochs are
-    unrelated, a chance collision harms nothing.)"""
+    """Seeded by 32 bits of SHA-256 of `key`, which is what torch's CPU generator uses: neighbours are unrelated."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big"))
 
 
@@ -649,7 +652,7 @@ def deal_pairs(labels: Tensor, steps: int, generator: torch.Generator) -> tuple[
 
 
 def cut(batch: Batch, part: tuple[int, int], pairs: bool) -> Batch:
-    """Part `rank` of `size` equal ones. Pairs stay together; what does not divide is left out, others each epoch."""
+    """Part `rank` of `size` equal ones, pairs whole. What does not divide is left out, others in the next epoch."""
     rank, size = part
     if size == 1:
         return batch
@@ -658,9 +661,9 @@ def cut(batch: Batch, part: tuple[int, int], pairs: bool) -> Batch:
 
 
 def augment(images: Tensor, batch: Batch, pad: int) -> Tensor:
-    """The batch's images, zero-padded by `pad`, cropped to their size and flipped: uint8 [b, H, W, 3].
+    """Images of a split uint8 [n, H, W, 3], padded by zeros, cropped to their size and flipped: uint8 [b, H, W, 3].
 
-    images is the whole split, uint8 [n, H, W, 3]. One gather; no host sync, and shapes depend on b alone.
+    One gather; no host sync, and shapes depend on b alone.
     """
     height, width = images.shape[1:3]
     y = torch.arange(height, device=images.device) + batch.top[:, None] - pad  # [b, H], rows of the unpadded image
@@ -673,9 +676,6 @@ def augment(images: Tensor, batch: Batch, pad: int) -> Tensor:
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(images / 255 - mean) / std: uint8 [B, H, W, 3] to float32 [B, 3, H, W], channels_last in memory.
-
-    mean, std: float32 [3] in units of [0, 1], on the images' device.
-    """
+    """(images / 255 - mean) / std, mean and std float32 [3]: uint8 [B, H, W, 3] to float32 [B, 3, H, W]."""
     images = images.permute(0, 3, 1, 2)  # [B, 3, H, W], a view: channels_last
     return (images - 255 * mean.view(3, 1, 1)) / (255 * std.view(3, 1, 1))

@@ -40,13 +40,22 @@ def pick_device(name, processes):
 
 
 def device_name(device):
-    if device.type == "cuda":                                # PyTorch's default: convolutions in TF32, matrix products not
-        return torch.cuda.get_device_name(device) + (", convolutions in TF32" if torch.backends.cudnn.allow_tf32 else "")
+    if device.type == "cuda":                              # PyTorch's default: convolutions in TF32, products not
+        tf32 = ", convolutions in TF32" if torch.backends.cudnn.allow_tf32 else ""
+        return torch.cuda.get_device_name(device) + tf32
     return f"{device} ({torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})"
 
 
+def check_graphs(args, processes):
+    """Whether --cuda-graph can be had at all."""
+    if args.cuda_graph and args.device.type != "cuda":
+        raise UserError(f"--cuda-graph wants a CUDA device, and this is {args.device}: leave it out")
+    if args.cuda_graph and processes.size > 1:
+        raise UserError("--cuda-graph has not been seen with several processes: leave it out")
+
+
 def be_deterministic():
-    """Bit-equal runs on CUDA too. PyTorch would also fill new memory, a third more launches, which changes no result."""
+    """Bit-equal runs on CUDA too. PyTorch would also fill new memory: a third more launches, the same results."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -85,6 +94,8 @@ class Processes:
         """A collective call; it fails where another process has ended."""
         try:
             return call(*args, **settings)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError) as error:          # gloo: RuntimeError; nccl: DistBackendError, one of them
             time.sleep(0.5 * (self.rank > 0))                # let the process that knows the cause speak first
             raise UserError(f"another process of this run has ended ({str(error).splitlines()[0][:60]}): see above, or "
@@ -115,7 +126,7 @@ class Processes:
                 in_memory_order(t).copy_(mean.view(in_memory_order(t).shape))
 
     def broadcast(self, module):
-        """Parameters and buffers of process 0 everywhere, once at the start: all-reduces give all the same bits later."""
+        """Parameters and buffers of process 0 everywhere, once; later all-reduces give all processes the same bits."""
         if self.size > 1:
             for t in [*module.parameters(), *module.buffers()]:
                 self._together(dist.broadcast, t.data, 0)
@@ -183,10 +194,11 @@ class CUDAGraphs:
     def _capture(self, inputs):
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            # thread_local: the thread that pins streamed images may allocate meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 outputs = self.function(*inputs)
         except RuntimeError as error:
-            error = error.__context__ or error             # where leaving the capture fails in turn, the first one counts
+            error = error.__context__ or error             # where leaving the capture fails too, the first one counts
             if "captur" not in str(error).lower():         # an error of the program, or too little memory
                 raise error from None
             raise UserError(f"--cuda-graph cannot capture this step ({str(error).splitlines()[0][:120]}): "

@@ -42,6 +42,8 @@ class Interrupted(UserError):
 
 def say(text):
     """Print to standard output. A reader that has gone (| head) and a full disk do not end a run."""
+    if sys.stderr.isatty():
+        show_line("")                                      # progress gives way
     try:
         print(text, flush=True)
     except OSError:
@@ -63,7 +65,7 @@ def one_line_errors(program, errors, args):
     except errors as error:
         message, status = f"error: {error}", 1
     except KeyboardInterrupt:                              # in training, Signals takes it
-        message, status = "interrupted before training began", 130
+        message, status = "interrupted", 130
     except (MemoryError, RuntimeError) as error:
         message, status = f"error: {device_error(error, args)}", 1
     else:
@@ -78,7 +80,7 @@ def one_line_errors(program, errors, args):
 def device_error(error, args):
     """One line on an error of PyTorch that the user can mend; any other one is raised again."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):   # the last: CPU
-        return f"out of memory on {args.device}: try a smaller --batch-size or --image-size"
+        return f"out of memory on {args.device}: try a smaller --batch-size or smaller images"
     if "does not have a deterministic implementation" in str(error):
         return f"--deterministic cannot be had here ({str(error).split(',')[0][:120]}): leave it out"
     raise error
@@ -141,8 +143,10 @@ def torch_bytes(state):
 
 def save_checkpoint(path, state, keep=None):
     """Write a dictionary of tensors and plain values as a checkpoint."""
-    content = torch_bytes(state)
-    write(path, content + hashlib.sha256(content).digest(), keep)
+    buffer = io.BytesIO()                                  # one copy in memory: with a bank it may be gigabytes
+    torch.save(state, buffer)
+    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
+    write(path, buffer.getbuffer(), keep)
 
 
 def load_checkpoint(path, device="cpu"):
@@ -151,8 +155,7 @@ def load_checkpoint(path, device="cpu"):
         content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from None
-    content, digest = content[:-DIGEST], content[-DIGEST:]
-    if hashlib.sha256(content).digest() != digest:
+    if hashlib.sha256(memoryview(content)[:-DIGEST]).digest() != content[-DIGEST:]:
         raise UserError(f"{path} is damaged, or no checkpoint of this program")
     try:
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
@@ -189,15 +192,16 @@ class OutDir:
         if not found:
             return None
         if not args.resume:
-            raise UserError(f"--out-dir {self} holds a run already: --resume goes on with it, another --out-dir starts afresh")
+            raise UserError(f"--out-dir {self} holds a run already: --resume goes on with it, another --out-dir starts "
+                            "afresh")
         try:
             state = load_checkpoint(found[0], args.device)
         except UserError as error:
             raise UserError(f"{error}; " + (f"to go on from the one before it: mv {found[1]} {found[0]}" if found[1:]
                                             else "another --out-dir starts afresh")) from None
         if state["processes"] != processes.size:
-            raise UserError(f"{found[0]} was made by {state['processes']} process{'es' * (state['processes'] > 1)}, and this is "
-                            f"{processes.size}: start as many")
+            number = f"{state['processes']} process{'es' * (state['processes'] > 1)}"
+            raise UserError(f"{found[0]} was made by {number}, and this is {processes.size}: start as many")
         compare_arguments(args, state["args"], free, found[0])
         return state
 
@@ -225,10 +229,15 @@ class OutDir:
 # ---------------------------------------------------------------- signals
 
 class Signals:
-    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask for an end after the present step; a second one ends the process at once."""
+    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask for an end after the present step; a second one ends the process at once.
 
-    def __init__(self, program="train.py", speaks=True):
-        self.name, self.program, self.speaks = None, program, speaks
+    Not under torchrun: it and a scheduler may both send one, and torchrun itself ends what still runs after 30 s.
+    """
+
+    def __init__(self, program="train.py", processes=None):
+        self.name, self.program = None, program
+        self.speaks = processes is None or processes.rank == 0
+        self.once = processes is None or processes.size == 1
 
     def __enter__(self):
         numbers = [s for s in signal.Signals if s.name in STOPS and signal.getsignal(s) is not signal.SIG_IGN]   # nohup
@@ -237,7 +246,7 @@ class Signals:
 
     def _ask(self, number, frame):
         self.name = signal.Signals(number).name
-        for s in self.before:
+        for s in self.before if self.once else ():
             signal.signal(s, signal.SIG_DFL)
         if number == signal.SIGINT and self.speaks:
             with contextlib.suppress(OSError):
@@ -253,8 +262,8 @@ class Signals:
 class Run:
     """What changes while training, all of it in last.pt, and what a run leaves in --out-dir.
 
-    args: all options. model: a module whose state is saved. optimizers: SGD ones follow the schedule. facts: what else a
-    checkpoint says (classes, ...). images: of an epoch, all processes' together.
+    args: all options. model: a module whose state is saved. optimizers: SGD ones follow the schedule. facts: what else
+    a checkpoint says (classes, ...). images: of an epoch, all processes' together.
     """
 
     PROGRESS = ("epoch", "step", "total_steps", "best", "best_epoch", "log", "sums", "finite_steps", "images",
@@ -265,7 +274,8 @@ class Run:
         self.steps_per_epoch, self.images_per_epoch = steps_per_epoch, images
         self.processes, self.signals = processes, signals
         self.speaks = processes.rank == 0                  # process 0 alone prints, writes and draws
-        self.lr = torch.tensor(args.lr, device=args.device) if args.cuda_graph else args.lr   # what the steps read
+        graphs = getattr(args, "cuda_graph", False)        # what the steps read: a tensor where a graph reads it
+        self.lr = torch.tensor(args.lr, device=args.device) if graphs else args.lr
         self.epoch = self.step = self.total_steps = 0      # the next epoch, the next step in it, steps done in all
         self.best, self.best_epoch = -1.0, 0               # best mean score over epochs
         self.log = [dict(command=shlex.join(["python", *sys.argv]), args=vars(args), torch=str(torch.__version__),
@@ -283,7 +293,7 @@ class Run:
         """lr: a float, for the optimizers and for whoever reads self.lr."""
         self.model.train()
         self.clock = time.perf_counter()
-        self.lr = self.lr.fill_(lr) if self.args.cuda_graph else lr
+        self.lr = self.lr.fill_(lr) if torch.is_tensor(self.lr) else lr
         for optimizer in self.optimizers:
             if isinstance(optimizer, torch.optim.SGD):
                 for group in optimizer.param_groups:
@@ -315,7 +325,8 @@ class Run:
 
     def means(self):
         """The epoch's mean of each term so far. Raises UserError if a term was not finite."""
-        means = {k: v / self.step for k, v in zip(self.sums["names"], self.sums["values"].tolist(), strict=True)}   # the host waits
+        sums = self.sums["values"].tolist()                # the host waits
+        means = {k: v / self.step for k, v in zip(self.sums["names"], sums, strict=True)}
         bad = [name for name, value in means.items() if not math.isfinite(value) and name != "loss"]
         if int(self.finite_steps) < self.step:
             kept = self.out / "last.pt"
@@ -333,8 +344,9 @@ class Run:
         if wish:
             self.save("last.pt")
         if wish == 2:
-            raise Interrupted(f"{self.signals.name or 'another process was stopped'}: saved {self.out / 'last.pt'} after "
-                              f"step {self.total_steps}; the same command with --resume goes on" if self.speaks else "")
+            cause = self.signals.name or "another process was stopped"
+            raise Interrupted(f"{cause}: saved {self.out / 'last.pt'} after step {self.total_steps}; "
+                              "the same command with --resume goes on" if self.speaks else "")
 
     def stop_clock(self):
         """Training time is counted without evaluation and saving; the host waits for the device first."""
@@ -363,16 +375,15 @@ class Run:
                   f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left  {doing}")
 
     def closing_words(self):
-        if not self.best_epoch:
-            return f"ended      {self.total_steps:,} steps; --resume goes on"
-        return (f"ended      {self.total_steps:,} steps, best epoch {self.best_epoch} ({self.best:.2f}, best.pt)"
-                f"; next: --evaluate {self.out / 'last.pt'}, or --predict IMAGE --checkpoint with a student file of {self.out}")
+        best = f", best epoch {self.best_epoch} ({self.best:.2f}, best.pt)" if self.best_epoch else ""
+        return (f"ended      {self.total_steps:,} steps{best}; next: --evaluate {self.out / 'last.pt'}, or "
+                f"--predict IMAGE --checkpoint with a student file of {self.out}")
 
     # ------------------------------------------------ log and checkpoints
 
     def line(self, **scores):
         """The log's line for this epoch: counters, every term's mean, the scores, speed."""
-        self.stop_clock()
+        self.clock = time.perf_counter()                   # evaluation is not training time
         means = {k: round(v, 6) for k, v in self.means().items()}
         return dict(epoch=self.epoch + 1, step=self.total_steps, **means, **scores,
                     images_per_second=round(self.images / self.seconds, 1), seconds=round(self.seconds, 2),
@@ -390,7 +401,7 @@ class Run:
         self.write_log()
 
     def end_early(self, line, score):
-        """--max-steps ended the run inside an epoch: it is logged, but --resume forgets the line and goes on with the epoch."""
+        """--max-steps ended the run inside an epoch: the line is logged; --resume goes on with the epoch without it."""
         self.save("last.pt")
         if score > self.best:
             self.best, self.best_epoch = score, self.epoch + 1
@@ -398,16 +409,16 @@ class Run:
         self.write_log(line)
 
     def to_tensorboard(self, line, picture=None):
-        """--tensorboard: the line's numbers, and a picture (a binary file) if there is one."""
+        """--tensorboard: the line's numbers, and a picture (PNG, bytes) if there is one."""
         if not self.args.tensorboard:
             return
         with open_board(self.out.path, line["epoch"]) as board:
             for name, value in line.items():
-                values = {f"{name}/{a}": v for a, v in enumerate(value, 1)} if isinstance(value, list) else {name: value}
-                for tag, v in values.items():
-                    board.add_scalar(tag, v, line["epoch"])
+                for a, v in enumerate(value if isinstance(value, list) else [value], start=1):
+                    board.add_scalar(f"{name}/{a}" if isinstance(value, list) else name, v, line["epoch"])
             if picture:
-                board.add_image("matching", np.asarray(Image.open(picture)), line["epoch"], dataformats="HWC")
+                pixels = np.asarray(Image.open(io.BytesIO(picture)))
+                board.add_image("matching", pixels, line["epoch"], dataformats="HWC")
 
     def write_log(self, *unfinished):
         """log.jsonl from the checkpoint's own copy: no line twice, none missing, whatever was interrupted."""
@@ -419,7 +430,7 @@ class Run:
         """Write a checkpoint; last.pt leaves the one before it as previous.pt. Every process calls this."""
         if self.step:
             self.stop_clock()                              # which also sees that nothing is saved that is not finite
-        if not self.processes.all_equal(self.processes.size > 1 and fingerprint(self.model)):
+        if self.processes.size > 1 and not self.processes.all_equal(fingerprint(self.model)):
             raise UserError("the processes' copies of the model differ: nothing was saved, "
                             f"{self.out / 'last.pt'} is from before that")
         if self.speaks:

@@ -11,18 +11,20 @@ L        L            stages of a student whose features contrast    3 on CIFAR 
 S        S            embedding sets, one per student and stage      N * L
 B, D     B, D         batch size, embedding dimension                128, 128
 C        C            classes; the last dimension of logits          100
-K        K, log_K     negatives of an anchor                         126 in a batch of 64 pairs; 8192 from a bank
+K        K, log_K     negatives; those of the anchor's class are     126 in a batch of 64 pairs; 8192 drawn
+                      left out                                       from a bank
 z_a^l    embeddings   unit embedding of student a at stage l         [N, L, B, D]
 y        labels       class of each sample                           [B], int64
-tau      tau          temperature of the contrastive distributions   0.1 in the batch, 0.07 with a bank
+tau      tau          temperature of the contrastive distributions   0.1 CIFAR, 0.07 ImageNet
 T        T            extra temperature of every KL term             3
-S(u,v)   scores       u v^T / tau; row i belongs to anchor i         [..., B, M]; M = B in the batch, K + 2 with a bank
+S(u,v)   scores       u v^T / tau; row i belongs to anchor i         [..., B, M]; M = B in the batch; with a bank
+                                                                     K + 2 between sets, K + 1 within one
 P(i)     positive     true where column j is a positive of anchor i  [B, M]
          excluded     true where column j is no candidate of i       [B, M]
 lambda   weights      layer-matching weight (see meta.py)            [N, L, N, L, B]
 
-Conventions. Anchors are rows, contrasts are columns. Per-anchor values come first; the batch mean is
-taken last. Everything runs in float32 or wider. The terms come unweighted: the classes in methods.py
+Conventions. Anchors are rows, contrasts are columns. Every loss is computed per anchor; the batch mean is
+taken at the end. Everything runs in float32 or wider. The terms come unweighted: the classes in methods.py
 apply alpha, beta, gamma, lam to VCL, ICL, Soft VCL, Soft ICL.
 In the batch, column j is sample j. The hard losses (VCL, ICL) exclude column j = i, whether both sets
 come from one student or from two, and their mean leaves out anchors without a positive in the batch.
@@ -84,7 +86,7 @@ def kl(student, teacher, T):
 
         kl_i = T^2 * sum_j q_ij (log q_ij - log p_ij),   log p = student, log q = teacher
 
-    student, teacher [..., B, C], leading dimensions broadcast -> [..., B]. No gradient flows into the teacher.
+    student, teacher [..., B, M], leading dimensions broadcast -> [..., B]. No gradient flows into the teacher.
     T^2 keeps the gradient's size independent of T (Hinton et al. 2015).
     """
     student, teacher = torch.broadcast_tensors(student, teacher)
@@ -189,11 +191,11 @@ def batch_pairs(z, positive, excluded, tau, T):
 
 
 def bank_pairs(z, own, positive, negatives, same_class, tau, T):
-    """The same against the bank's rows, which are constant: gradient goes into z alone.
+    """As batch_pairs, with the bank's rows as contrast; they are constant, so gradient goes into z alone.
 
     Row i of block (s, t) is z_s,i . [own_t,i ; positive_t,i ; negatives_t] / tau. Between two sets (ICL, Soft ICL) the
     first two columns are positives. Within one set (VCL, Soft VCL) column `own` is cut off, and one positive stays.
-    L-MCL does not use the blocks of two stages of one student: the price of one matrix product.
+    Blocks of two stages of one student are computed too, though L-MCL does not use them: the price of one product.
     z, own, positive [S, B, D], negatives [S, K, D], same_class [B, K] -> dict as from batch_pairs.
     """
     S, B, _ = z.shape

@@ -76,9 +76,10 @@ def hypergradient(inner_loss, outer_loss, params, meta_params, *, inner_steps, l
     J_k^T u and u^T dg_k/dphi are the gradients of the one scalar X = <g_k(theta_k, phi), u>, u constant.
     For k = 0 only the part for phi is needed. X is also the directional derivative of the loss along u,
     d/deps inner_loss(theta_0 + eps u): with forward_mode=True one forward pass with tangents replaces two
-    backward passes. That is right only where phi acts behind the last normalisation layer (PyTorch's forward
-    mode takes a batch's statistics for constants when it is differentiated again) and where the loss holds
-    things constant by .detach(), not by torch.no_grad(), which lets tangents through. Both hold in meta_step.
+    backward passes. That is right where phi acts behind the last normalisation layer (in front of one it may be
+    wrong: PyTorch's forward mode, differentiated again, takes the statistics of some for constants) and where the
+    loss holds things constant by .detach(), not by torch.no_grad(), which lets tangents through. Both hold in
+    meta_step.
     (What a loss detaches is constant in both modes; losses.py shows how a constant can still be seen to move
     from one step to the next.)
 

@@ -542,20 +542,21 @@ class Discriminators(nn.Module):
 # ---------------------------------------------------------------- the memory bank
 
 class BankRows(NamedTuple):
-    """What one batch is contrasted with; copies of the bank's rows, float16, constant."""
+    """What one batch is contrasted with: its indices, copies of bank rows (float16, constant), and a mask."""
 
     index: Tensor       # int64 [B], the batch's images among all training images
     own: Tensor         # [N, L, B, D], the images' rows
     positive: Tensor    # [N, L, B, D], for each image the row of another image of its class, its own if it is alone
-    negatives: Tensor   # [N, L, K, D], drawn once for the whole batch
+    negatives: Tensor   # [N, L, K, D], drawn once for the whole batch, with replacement
     same_class: Tensor  # bool [B, K], true where a negative is of the anchor's class: left out
 
 
 class MemoryBank(nn.Module):
     """A unit row for each training image, student and stage: the moving average of its embedding.
 
-    labels: int64 [n], of all training images. Rows start random. Every draw is a function of (seed, epoch, step),
-    partners of (seed, epoch), so that resuming needs the rows alone. float16: rms error of a score 2.6e-4 at tau 0.07.
+    labels: int64 [n], of all training images. Rows start random. Negatives are a function of (seed, epoch,
+    step), partners of (seed, epoch), so that resuming needs the rows alone.
+    float16: rms error of a score 2.6e-4 at tau 0.07.
     """
 
     def __init__(self, labels, students, stages, dim=128, negatives=8192, momentum=0.5, seed=0):

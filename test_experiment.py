@@ -41,8 +41,9 @@ def example():
     net(torch.randn(2, 3, 5, 5)).sum().backward()
     for optimizer in optimizers:
         optimizer.step()
-    return dict(format=experiment.CHECKPOINT_FORMAT, model=net.state_dict(), optimizers=[o.state_dict() for o in optimizers],
-                mean=(0.1, 1 / 3, 1e-300), args={"lr": 0.1, "arch": ["resnet8", "wrn_10_1"], "out_dir": "naïve/ö", "x": None},
+    return dict(format=experiment.CHECKPOINT_FORMAT, model=net.state_dict(),
+                optimizers=[o.state_dict() for o in optimizers], mean=(0.1, 1 / 3, 1e-300),
+                args={"lr": 0.1, "arch": ["resnet8", "wrn_10_1"], "out_dir": "naïve/ö", "x": None},
                 best=-1.0, seed=2 ** 63 - 1, odd=torch.tensor([float("nan"), float("inf"), -0.0, 1e-45]),
                 sums={"names": ["loss"], "values": torch.rand(1)}, log=[{"classes": ["a", "b"]}, {"epoch": 1}])
 
@@ -98,8 +99,8 @@ def test_a_reader_at_any_moment_finds_a_whole_file(tmp_path, monkeypatch):
     last, previous, seen = tmp_path / "last", tmp_path / "previous", set()
     for content in (b"older", b"old"):
         experiment.write(last, content, keep=previous)
-    for name in ("fsync", "replace", "link"):
-        def looking(*args, call=getattr(os, name)):
+    for name, true in [(name, getattr(os, name)) for name in ("fsync", "replace", "link")]:
+        def looking(*args, call=true):
             seen.add((last.read_bytes(), previous.read_bytes()))
             call(*args)
             seen.add((last.read_bytes(), previous.read_bytes()))
@@ -120,7 +121,8 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"last": b"three", "previous": b"two"}
 
 
-@pytest.mark.parametrize("where, fails_at", [("open", 1), ("write", 1), ("fsync", 1), ("link", 1), ("replace", 1), ("replace", 2)])
+@pytest.mark.parametrize("where, fails_at", [("open", 1), ("write", 1), ("fsync", 1), ("link", 1), ("replace", 1),
+                                             ("replace", 2)])
 def test_a_failure_to_write_leaves_what_was_there(where, fails_at, tmp_path, monkeypatch):
     last, previous, content, calls = tmp_path / "last", tmp_path / "previous", b"new" * 99_999, itertools.count(1)
     for old in (b"older", b"old"):
@@ -145,7 +147,8 @@ def test_a_failure_to_write_leaves_what_was_there(where, fails_at, tmp_path, mon
             experiment.write(last, content, previous)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert str(last) in str(error.value) and "make room for 0.3 MiB" in str(error.value) and "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in (str(last), "make room for 0.3 MiB"))
+    assert "\n" not in str(error.value)
     left = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name in ("last", "previous")}
     assert left["last"] == b"old" and left["previous"] in (b"older", b"old")
 
@@ -166,10 +169,22 @@ def test_where_nothing_can_be_written(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- locks and signals
 
+# A child without torch, which takes seconds to load: stand-ins for what experiment.py imports.
+ALONE = ("import sys, time, unittest.mock as m\n"
+         "stand_in = m.MagicMock(UserError=Exception)\n"
+         "sys.modules.update(dict.fromkeys(('torch', 'numpy', 'PIL', 'devices', 'models'), stand_in))\n"
+         "import experiment\n")
+
+
+def child_process(program, *arguments):
+    return subprocess.Popen([sys.executable, "-c", ALONE + program, *arguments], cwd=HERE, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
 def test_two_runs_never_share_a_folder(tmp_path):
     """A child process holds the lock; it is free again when the child is killed."""
-    program = "import sys, time, experiment; out = experiment.OutDir(sys.argv[1]); out.open(); print('ready', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", program, tmp_path / "run"], cwd=HERE, stdout=subprocess.PIPE, text=True) as child:
+    program = "out = experiment.OutDir(sys.argv[1]); out.open(); print('ready', flush=True); time.sleep(60)"
+    with child_process(program, tmp_path / "run") as child:
         try:
             assert child.stdout.readline() == "ready\n"
             with pytest.raises(UserError, match=f"in use by process {child.pid}:"):
@@ -204,15 +219,11 @@ def test_signals_are_noted_and_handlers_come_back():
 @pytest.mark.parametrize("first, second", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT),
                                            (signal.SIGHUP, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR1)])
 def test_the_second_signal_ends_the_process_at_once(first, second):
-    """In a child without torch, which takes seconds to load: stand-ins for what experiment.py imports."""
-    program = ("import sys, time, unittest.mock as m\n"
-               "for name in ('torch', 'numpy', 'PIL', 'devices', 'models'): sys.modules[name] = m.MagicMock(UserError=Exception)\n"
-               "import experiment\n"
-               "with experiment.Signals() as signals:\n"
+    program = ("with experiment.Signals() as signals:\n"
                "    print('ready', flush=True)\n"
                "    while not signals.name: time.sleep(0.01)\n"
                "    print(signals.name, flush=True); time.sleep(60)")
-    with subprocess.Popen([sys.executable, "-c", program], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with child_process(program) as process:
         try:
             assert process.stdout.readline() == "ready\n"
             process.send_signal(first)
@@ -226,17 +237,13 @@ def test_the_second_signal_ends_the_process_at_once(first, second):
 
 def test_a_broken_pipe_does_not_end_a_run(capfd):
     """Standard output is a pipe whose reader has gone, then a full device: say() goes on, and the exit is clean."""
-    program = ("import sys, unittest.mock as m\n"
-               "for name in ('torch', 'numpy', 'PIL', 'devices', 'models'): sys.modules[name] = m.MagicMock(UserError=Exception)\n"
-               "import experiment\n"
-               "for i in range(3): experiment.say('x' * 100_000)\n"
-               "print('alive', file=sys.stderr)")
+    program = ALONE + "for i in range(3): experiment.say('x' * 100_000)\nprint('alive', file=sys.stderr)"
     reader, writer = os.pipe()
     os.close(reader)
     for stdout in (writer, os.open("/dev/full", os.O_WRONLY)):
-        done = subprocess.run([sys.executable, "-c", program], cwd=HERE, stdout=stdout, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run([sys.executable, "-c", program], cwd=HERE, stdout=stdout, stderr=subprocess.PIPE)
         os.close(stdout)
-        assert done.returncode == 0 and done.stderr == "alive\n"
+        assert done.returncode == 0 and done.stderr == b"alive\n"
 
 
 # ---------------------------------------------------------------- CUDA graphs, played on the CPU
@@ -249,8 +256,8 @@ def storages(tree):
 class CPUGraph(TorchDispatchMode):
     """Stands in for torch.cuda.CUDAGraph and torch.cuda.graph: records operations and replays them on the same memory.
 
-    As on CUDA recording leaves no trace (what was overwritten is put back) and replaying runs no Python; operations that
-    make the host wait, or bring numbers from it, are refused.
+    As on CUDA recording leaves no trace (what was overwritten is put back) and replaying runs no Python; operations
+    that make the host wait, or bring numbers from it, are refused.
     """
 
     WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::lift_fresh",
@@ -259,17 +266,18 @@ class CPUGraph(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.operations, self.overwritten, self.replays = [], {}, 0
-        self.made, self.foreign = set(), set()                            # storages that operations return, and others they use
+        self.made, self.foreign = set(), set()                            # storages that operations return; others used
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name, kwargs = op._schema.name, kwargs or {}
         assert name not in self.WAITING, f"{name} makes the host wait"
-        assert name != "aten::index" or all(i is None or i.dtype != torch.bool for i in args[1]), "a mask as an index makes the host wait"
-        written = [a for a, formal in zip(args, op._schema.arguments, strict=False) if formal.alias_info and formal.alias_info.is_write]
-        written += args[3:5] if name == "aten::native_batch_norm" else []              # running averages: not in the schema
-        for tensor in tree_leaves(written):
-            if torch.is_tensor(tensor):
-                self.overwritten.setdefault(tensor.untyped_storage().data_ptr(), (tensor.untyped_storage(), tensor.untyped_storage().clone()))
+        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name == "aten::index" else []
+        assert not masks, "a mask as an index makes the host wait"
+        written = [a for a, formal in zip(args, op._schema.arguments, strict=False)
+                   if formal.alias_info and formal.alias_info.is_write]
+        written += args[3:5] if name == "aten::native_batch_norm" else []  # running averages: not in the schema
+        for storage in (t.untyped_storage() for t in tree_leaves(written) if torch.is_tensor(t)):
+            self.overwritten.setdefault(storage.data_ptr(), (storage, storage.clone()))
         self.foreign |= storages((args, kwargs)) - self.made
         result = op(*args, **kwargs)
         self.made |= storages(result) - self.foreign
@@ -291,18 +299,19 @@ class CPUGraph(TorchDispatchMode):
 
 
 def play_graphs_on_the_cpu(monkeypatch):
-    for name, stand_in in (("CUDAGraph", CPUGraph), ("graph", lambda graph, pool, stream: graph), ("Stream", MagicMock),
+    for name, stand_in in (("CUDAGraph", CPUGraph), ("graph", lambda graph, pool, stream, capture_error_mode: graph), ("Stream", MagicMock),
                            ("stream", MagicMock()), ("current_stream", MagicMock), ("graph_pool_handle", MagicMock)):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(devices.CUDAGraphs, "WARM_UP", 1)
 
 
-@pytest.mark.parametrize("flags", [["--method", "lmcl"], ["--method", "afd"], ["--method", "lmcl", "--contrast", "bank", "--negatives", "16"]])
+@pytest.mark.parametrize("flags", [["--method", "lmcl"], ["--method", "afd"],
+                                   ["--method", "lmcl", "--contrast", "bank", "--negatives", "16"]])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="CUDA graphs want a GPU"))])
 def test_captured_steps_equal_plain_ones(flags, device, images, tmp_path, monkeypatch):
-    """Ordinary and second steps, batches of two sizes, three learning rates: bit for bit on the CPU, where CUDA's graphs are
-    played by CPUGraph, which shows too that no operation in a step waits for the host or uses memory that may be freed."""
+    """Ordinary and second steps, batches of two sizes, three learning rates: bit for bit on the CPU, where CPUGraph
+    plays CUDA's graphs; it shows too that no step's operation waits for the host or uses memory that may be freed."""
     if device == "cpu":
         play_graphs_on_the_cpu(monkeypatch)
     else:                                                                 # lr is rounded to float32 in a captured step
@@ -312,14 +321,15 @@ def test_captured_steps_equal_plain_ones(flags, device, images, tmp_path, monkey
     captured, true_steps, states = [], train.steps, []
     monkeypatch.setattr(train, "steps", lambda *args: captured.extend(true_steps(*args)) or captured[-2:])
     for graphs in ([], ["--cuda-graph"]):
-        args = options.parse("", ["--arch", "resnet8", "--image-size", "16", "--epochs", "3", "--lr", "0.01", "--batch-size", "12",
-                                  "--meta-freq", "1", "--out-dir", str(tmp_path / f"out{len(graphs)}"), *flags, *graphs])
+        args = options.parse("", ["--arch", "resnet8", "--image-size", "16", "--epochs", "3", "--lr", "0.01",
+                                  "--batch-size", "12", "--meta-freq", "1", "--meta-steps", "1", "--out-dir",
+                                  str(tmp_path / f"out{len(graphs)}"), *flags, *graphs])
         args.device, dataset = torch.device(device), data.load("folder", images, 16).to(device)
         method, out = train.build(args, dataset), experiment.OutDir(args.out_dir)
         out.open()
         facts = dict(classes=dataset.classes, mean=dataset.mean, std=dataset.std, image_size=16, resize=16)
-        run = experiment.Run(args, out, method, train.make_optimizers(args, method), facts, 4, 54, devices.Processes({}),
-                             SimpleNamespace(name=None))
+        run = experiment.Run(args, out, method, train.make_optimizers(args, method), facts, 4, 54,
+                             devices.Processes({}), SimpleNamespace(name=None))
         train.train(args, dataset, method, run)
         states.append(bits({k: v for k, v in experiment.load_checkpoint(out / "last.pt").items() if k != "optimizers"}))
     if device == "cuda":
@@ -343,7 +353,9 @@ def test_errors_of_a_capture(monkeypatch):
     """What a capture refuses is the user's to leave out; an error of the program is raised as it is."""
     play_graphs_on_the_cpu(monkeypatch)
     for message, kind in (("operation not permitted when stream is capturing", UserError), ("a defect", RuntimeError)):
-        def fail(x, message=message, calls=itertools.count()):
+        calls = itertools.count()
+
+        def fail(x):
             if next(calls) % 2:
                 raise RuntimeError(message)
             return x
@@ -359,5 +371,5 @@ def test_dropout_of_any_kind_is_seen():
     for function, random_ in ((torch.relu, False), (torch.nn.functional.dropout, True), (torch.nn.Dropout(0.5), True),
                               (torch.nn.Dropout(0.5).eval(), False)):
         before = torch.get_rng_state()
-        assert devices.draws_random_numbers(lambda: function(x), torch.device("cpu")) == random_      # noqa: B023
+        assert devices.draws_random_numbers(lambda: function(x), torch.device("cpu")) == random_
         assert torch.equal(torch.get_rng_state(), before)

@@ -1,5 +1,6 @@
 """models.py: the networks are those of the published tables, and a cohort computes what it says."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -80,17 +81,13 @@ def test_a_torchvision_backbone_is_torchvisions(name, tmp_path):
     torch.manual_seed(0)
     theirs = torchvision.models.get_model(name, weights=None, num_classes=3).eval()
     torch.manual_seed(0)
-    ours = models.Backbone(name, 3).eval()
-    x = torch.randn(2, 3, 64, 64)
+    ours, other, third = (models.Backbone(name, 3).eval() for _ in range(3))
+    x, n = torch.randn(2, 3, 64, 64), len(theirs.state_dict())
     assert torch.allclose(ours(x), theirs(x), rtol=1e-4)                    # the seed draws the same
-    torch.manual_seed(1)
-    ours = models.Backbone(name, 3).eval()
-    theirs.load_state_dict(models.student_file(ours, *facts)["state_dict"], strict=True)
-    assert torch.allclose(ours(x), theirs(x), rtol=1e-4)
+    theirs.load_state_dict(models.student_file(other, *facts)["state_dict"], strict=True)
     torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
-    ours, n = models.Backbone(name, 3).eval(), len(theirs.state_dict())
-    assert models.load_weights(ours, name, tmp_path / "theirs.pt") == f"{n} of {n} tensors taken"
-    assert torch.allclose(ours(x), theirs(x), rtol=1e-4)
+    assert models.load_weights(third, name, tmp_path / "theirs.pt") == f"{n} of {n} tensors taken"
+    assert all(torch.allclose(net(x), theirs(x), rtol=1e-4) for net in (other, third))
 
 
 def test_multiply_adds_of_a_known_network():
@@ -130,12 +127,10 @@ def test_aggregator_formula():
     f, logits = [torch.randn(3, 4, d) for d in (5, 6)], torch.randn(2, 3, 4, 7)
     aggregator = models.Aggregator([5, 6], 3)
     out = aggregator(f, logits)
-    for a in range(2):
-        for i in range(4):
-            first, _, second = aggregator.mlps[a]
-            hidden = F.relu(first(torch.cat([f[a][s, i] for s in range(3)])))
-            g = second(hidden).softmax(0)
-            assert torch.allclose(out[a, i], sum(g[s] * logits[a, s, i] for s in range(3)), atol=1e-6)
+    for a, i in itertools.product(range(2), range(4)):
+        first, _, second = aggregator.mlps[a]
+        g = second(F.relu(first(torch.cat([f[a][s, i] for s in range(3)])))).softmax(0)
+        assert torch.allclose(out[a, i], sum(g[s] * logits[a, s, i] for s in range(3)), atol=1e-6)
     assert [(first.in_features, first.out_features, second.out_features) for first, _, second in aggregator.mlps] == \
         [(15, 5, 3), (18, 6, 3)]
 
@@ -278,7 +273,7 @@ def test_load_student(saved):
 def test_load_weights_with_another_number_of_classes(saved):
     backbone, path = saved
     other = models.Backbone("resnet8", 5).eval()
-    before = {k: v.clone() for k, v in other.state_dict().items()}
+    before = copy.deepcopy(other.state_dict())
     assert models.load_weights(other, "resnet8", path).startswith("54 of 56 tensors taken; the classifier stays")
     for key, value in other.state_dict().items():
         assert torch.equal(value, before[key] if key.startswith("classifier.") else backbone.state_dict()[key])
@@ -296,7 +291,7 @@ def test_files_that_do_not_fit(saved, name, content, message):
     elif content is not None:
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     backbone = models.Backbone(name, 3)
-    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    before = copy.deepcopy(backbone.state_dict())
     with pytest.raises(ValueError, match=message) as error:
         models.load_weights(backbone, name, path)
     assert "\n" not in str(error.value)

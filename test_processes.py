@@ -5,6 +5,8 @@
 """
 
 import argparse
+import functools
+import itertools
 import os
 import random
 import shutil
@@ -32,16 +34,21 @@ from experiment import Run, fingerprint
 HERE = Path(__file__).parent
 PAIR, MIXED = ["--arch", "resnet8"], ["--arch", "resnet8", "wrn_10_1", "shufflenetv2_0.5"]
 BANK = ["--contrast", "bank", "--negatives", "12"]
+SHORT = ["--batch-size", "12", "--save-every", "0.0001", "--meta-freq", "3"]                  # 8 steps, two meta steps
 CASES = [["--method", name, *PAIR] for name in ("lmcl", "mcl", "deep-supervision", "dml", "afd", "independent")] + [
-    ["--method", "lmcl", *MIXED], ["--method", "lmcl", *PAIR, *BANK], ["--method", "mcl", *MIXED, *BANK, "--logit-kd"]]
+    ["--method", "lmcl", *MIXED, "--meta-steps", "1"], ["--method", "lmcl", *PAIR, *BANK],
+    ["--method", "mcl", *MIXED, *BANK, "--logit-kd"]]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def fork(size, function, folder):
     """function(rank) in `size` processes that find each other as torchrun's do. Returns the process numbers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
+    children, port = [], free_port()
     for rank in range(size):
         child = os.fork()
         if child:
@@ -49,7 +56,8 @@ def fork(size, function, folder):
             continue
         status = 99
         try:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                              MASTER_PORT=str(port))
             os.chdir(folder)
             output = os.open(f"output{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1), os.dup2(output, 2)
@@ -97,7 +105,7 @@ def setting(flags, images, processes):
 
 
 def batches(args, dataset, method, part):
-    for step in range(5):
+    for step in range(4):
         epoch, place = divmod(step, 3)
         images, labels, index = next(dataset.train_batches(16, 0, epoch, place, part=part))
         rows = method.bank.draw(index, epoch, place) if method.bank else ()
@@ -105,7 +113,7 @@ def batches(args, dataset, method, part):
 
 
 def by_processes(rank, flags, images, broken=None):
-    """Five steps and two second steps with the real thing; broken: the name of what is left out."""
+    """Four steps and two second steps with the real thing; broken: the name of what is left out."""
     processes = Processes()
     processes.start(torch.device("cpu"))
     args, dataset, method, run = setting(flags, images, processes)
@@ -120,11 +128,13 @@ def by_processes(rank, flags, images, broken=None):
     same = processes.all_equal(fingerprint(method))
     optimizers = processes.all_equal(str([o.state_dict() for o in run.optimizers]))
     processes.stop()
-    torch.save((same and optimizers, {k: v.tolist() for k, v in terms.items()}, method.state_dict()), f"result{rank}.pt")
+    terms = {k: v.tolist() for k, v in terms.items()}
+    torch.save((same and optimizers, terms, method.state_dict()), f"result{rank}.pt")
 
 
+@functools.cache
 def by_one(flags, images):
-    """The definition: the loss is the mean of the halves' losses; running statistics are the mean, bank rows the halves' own."""
+    """The definition: loss and running statistics are the means of the halves', bank rows the halves' own."""
     args, dataset, method, run = setting(flags, images, Processes({}))
     halves = [batches(args, dataset, method, (rank, 2)) for rank in (0, 1)]
     for (step, first), (_, second) in zip(*halves, strict=True):
@@ -136,7 +146,7 @@ def by_one(flags, images):
             terms = method.terms(*batch)
             (sum(weight * value for weight, value in terms.values() if weight is not None) / 2).backward()
             after.append([b.clone() for b in method.statistics()])
-            embedded.append(getattr(method, "embedded", None))
+            embedded.append(method.embeddings_for_bank if method.bank else None)
             maps.append(getattr(method, "maps", None))
             shown.append({name: value.item() * (weight or 1) for name, (weight, value) in terms.items()})
         for buffer, *values in zip(method.statistics(), *after, strict=True):
@@ -146,23 +156,26 @@ def by_one(flags, images):
             if method.bank:
                 method.bank.update(z, batch[2])
         if method.second_every and step in (1, 3):
-            (meta_step_by_one if args.method == "lmcl" else discriminator_step_by_one)(args, method, run, (first, second), maps)
+            second_step = meta_step_by_one if args.method == "lmcl" else discriminator_step_by_one
+            second_step(args, method, run, (first, second), maps)
     return {name: (shown[0][name] + shown[1][name]) / 2 for name in shown[0]}, method.state_dict()
 
 
 def meta_step_by_one(args, method, run, halves, _):
     """The hypergradient of the halves' mean for the two halves' lambdas, handed on to phi."""
     names, params = zip(*method.students.named_parameters(), strict=True)
-    call = lambda theta, batch: torch.func.functional_call(method.students, dict(zip(names, theta, strict=True)), (batch[0],))
+    call = lambda theta, batch: torch.func.functional_call(
+        method.students, dict(zip(names, theta, strict=True)), (batch[0],))
     with meta.batch_statistics(method.students):
         with torch.no_grad():
             features = [call(params, batch)[0] for batch in halves]
         weights = [method.matching_network(f) for f in features]
         held = [w.detach().requires_grad_() for w in weights]
-        inner = lambda theta: sum(w * v for batch, lam in zip(halves, held, strict=True) for w, v in method.weighted(
-            method.contrast(call(theta, batch)[1], batch[1], lam, batch[2:])).values()) / 2
+        inner = lambda theta: sum(w * v for batch, lam in zip(halves, held, strict=True) for w, v in
+                                  method.contrast(call(theta, batch)[1], batch[1], lam, batch[2:]).values()) / 2
         outer = lambda theta: sum(losses.cross_entropy(call(theta, batch)[2], batch[1]) for batch in halves) / 2
-        grads = meta.hypergradient(inner, outer, params, held, inner_steps=2, lr=0.05, momentum=0.9, weight_decay=args.weight_decay)
+        grads = meta.hypergradient(inner, outer, params, held, inner_steps=args.meta_steps, lr=0.05,
+                                   momentum=0.9, weight_decay=args.weight_decay)
     run.optimizers[1].zero_grad()
     torch.autograd.backward(weights, grads)
     run.optimizers[1].step()
@@ -176,19 +189,19 @@ def discriminator_step_by_one(args, method, run, halves, maps):
 
 
 def worst_difference(a, b):
-    pairs = ((a[k].double(), b[k].double()) for k in b if "num_batches_tracked" not in k)     # one process counts twice
+    pairs = ((a[k].double(), b[k].double()) for k in b if "num_batches_tracked" not in k)         # one counts twice
     return max(((x - y).abs().max() / (1 + y.abs().max())).item() for x, y in pairs)
 
 
 @pytest.mark.parametrize("flags", CASES, ids=lambda flags: "-".join(flags[1:]).replace("--", ""))
 def test_two_processes_equal_one(flags, images, tmp_path):
-    flags, bank = list(flags), "bank" in flags
-    assert wait(fork(2, lambda rank: by_processes(rank, flags, images), tmp_path)) == [0, 0], (tmp_path / "output0.txt").read_text()
+    bank, statuses = "bank" in flags, wait(fork(2, lambda rank: by_processes(rank, flags, images), tmp_path))
+    assert statuses == [0, 0], (tmp_path / "output0.txt").read_text()
     (same, terms, state), _ = (torch.load(tmp_path / f"result{rank}.pt") for rank in (0, 1))
-    expected_terms, expected = by_one(flags, images)
-    assert same                                                           # parameters, buffers, optimizers, bank: bit for bit
+    expected_terms, expected = by_one(tuple(flags), images)
+    assert same                                                           # model, optimizers, bank: bit for bit
     assert {k: v for k, v in terms.items() if k in expected_terms} == pytest.approx(expected_terms, rel=1e-9)
-    assert worst_difference(*({k: v for k, v in s.items() if not k.startswith("bank.")} for s in (state, expected))) < 1e-10
+    assert worst_difference(state, {k: v for k, v in expected.items() if not k.startswith("bank.")}) < 1e-10
     assert not bank or worst_difference(state, expected) < 1e-3           # float16 rows may round apart
 
 
@@ -197,16 +210,32 @@ def test_an_average_left_out_is_seen(broken, images, tmp_path):
     flags = ["--method", "lmcl", *PAIR]
     assert wait(fork(2, lambda rank: by_processes(rank, flags, images, broken), tmp_path)) == [0, 0]
     same, _, state = torch.load(tmp_path / "result0.pt")
-    assert not same and worst_difference(state, by_one(flags, images)[1]) > 1e-6
+    assert not same and worst_difference(state, by_one(tuple(flags), images)[1]) > 1e-6
 
 
 # ---------------------------------------------------------------- whole runs
 
 def program(images, out, *more):
-    return lambda rank: train.main(flags(images, out, 2, "--batch-size", "12", "--save-every", "0.0001", *more))
+    return lambda rank: train.main(flags(images, out, 2, *SHORT, *more))
 
 
-@pytest.mark.parametrize("more", [[], ["--method", "mcl", "--contrast", "bank", "--negatives", "16", "--stream", "--workers", "0"]],
+def signalled(number, at, images, *more):
+    """program() in which process 1 sends itself a signal before step `at`."""
+    def stopped(rank):
+        true_step, steps = train.train_step, itertools.count(1)
+
+        def step(*inputs):
+            if next(steps) == at and rank == 1:
+                os.kill(os.getpid(), number)
+            return true_step(*inputs)
+
+        train.train_step = step
+        program(images, "out", *more)(rank)
+
+    return stopped
+
+
+@pytest.mark.parametrize("more", [[], ["--method", "mcl", *BANK, "--stream", "--workers", "0"]],
                          ids=["lmcl", "mcl-bank-streamed"])
 def test_stopped_by_a_signal_to_one_process_and_resumed(more, images, tmp_path, capsys):
     """Both end after the same step, save once, and go on to the end of the uninterrupted run."""
@@ -214,24 +243,12 @@ def test_stopped_by_a_signal_to_one_process_and_resumed(more, images, tmp_path, 
         (tmp_path / folder).mkdir()
     assert wait(fork(2, program(images, "out", *more), tmp_path / "whole")) == [0, 0]
 
-    def stopped(rank):
-        true_step, steps = train.train_step, []
-
-        def step(*inputs):
-            steps.append(1)
-            if len(steps) == 2 and rank == 1:                             # process 0 hears of it from process 1
-                os.kill(os.getpid(), signal.SIGTERM)
-            return true_step(*inputs)
-
-        train.train_step = step
-        program(images, "out", *more)(rank)
-
     parts = tmp_path / "parts"
-    assert wait(fork(2, stopped, parts)) == [1, 1]
-    assert "after step 2; the same command with --resume goes on" in (parts / "output0.txt").read_text()
+    assert wait(fork(2, signalled(signal.SIGTERM, 4, images, *more), parts)) == [1, 1]    # process 0 hears of it from 1
+    assert "after step 4; the same command with --resume goes on" in (parts / "output0.txt").read_text()
     assert "error" not in (parts / "output1.txt").read_text()
     with pytest.raises(SystemExit):
-        train.main(flags(images, parts / "out", 2, "--batch-size", "12", *more, "--resume"))
+        train.main(flags(images, parts / "out", 2, *SHORT, *more, "--resume"))
     assert "last.pt was made by 2 processes, and this is 1: start as many" in capsys.readouterr().err
     assert wait(fork(2, program(images, "out", *more, "--resume"), parts)) == [0, 0]
     assert results(parts / "out") == results(tmp_path / "whole" / "out")
@@ -239,19 +256,7 @@ def test_stopped_by_a_signal_to_one_process_and_resumed(more, images, tmp_path, 
 
 
 def test_a_process_that_dies_takes_the_other_down(images, tmp_path):
-    def dying(rank):
-        true_step, steps = train.train_step, []
-
-        def step(*inputs):
-            steps.append(1)
-            if len(steps) == 3 and rank == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return true_step(*inputs)
-
-        train.train_step = step
-        program(images, "out")(rank)
-
-    assert wait(fork(2, dying, tmp_path), limit=30) == [1, -signal.SIGKILL]
+    assert wait(fork(2, signalled(signal.SIGKILL, 3, images), tmp_path), limit=30) == [1, -signal.SIGKILL]
     error = [line for line in (tmp_path / "output0.txt").read_text().splitlines() if "error" in line]
     assert len(error) == 1 and "another process of this run has ended" in error[0] and "--resume" in error[0]
     assert wait(fork(2, program(images, "out", "--resume"), tmp_path)) == [0, 0]
@@ -264,8 +269,8 @@ def test_batches_that_do_not_divide_are_refused_in_one_line(images, tmp_path):
 
 def torchrun(folder, *more, images, nodes=()):
     """torchrun itself; nodes: its options for several machines."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1" if nodes else "2", *nodes, str(HERE / "train.py"),
-               *flags(images, folder / "out", 2, "--batch-size", "12", "--save-every", "0.0001", "--resume", *more)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1" if nodes else "2", *nodes,
+               str(HERE / "train.py"), *flags(images, folder / "out", 2, *SHORT, "--resume", *more)]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
 
@@ -274,10 +279,7 @@ def test_torchrun_on_two_nodes(images, tmp_path):
     """Two agents on this machine, one process each: the same run as torchrun's two on one node."""
     (tmp_path / "one").mkdir()
     assert wait(fork(2, program(images, "out", "--resume"), tmp_path / "one")) == [0, 0]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    node = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port), "--node-rank"]
+    node = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--node-rank"]
     agents = [torchrun(tmp_path, images=images, nodes=[*node, str(rank)]) for rank in (0, 1)]
     errors = [agent.communicate(timeout=100)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], errors
@@ -285,7 +287,7 @@ def test_torchrun_on_two_nodes(images, tmp_path):
 
 
 def campaign(stops, folder, seed=0):
-    """torchrun's two processes, stopped at random moments by SIGTERM to the agent and by SIGKILL of one process, resumed."""
+    """torchrun's two processes, stopped at random moments by SIGTERM to it or SIGKILL of one of them, resumed."""
     draw, began, equal = random.Random(seed), time.monotonic(), True
     images = draw_images(folder / "images")
     (folder / "whole").mkdir()

@@ -18,13 +18,12 @@ import signal
 import sys
 
 if __name__ == "__main__":                                 # Ctrl-C while libraries load: one line too
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("train.py: interrupted before training began"))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("train.py: interrupted"))
 
 import argparse
 import dataclasses
 import functools
 import hashlib
-import io
 import math
 
 import torch
@@ -48,40 +47,48 @@ def train(args, dataset, method, run):
     for epoch in range(run.epoch, args.epochs):
         if 0 < args.max_steps <= run.total_steps:
             return
-        lr = learning_rate(args, epoch)
-        run.start_epoch(lr)
+        run.start_epoch(learning_rate(args, epoch))
         for images, labels, index in run.timed(train_batches(args, dataset, run, epoch)):
             rows = method.bank.draw(index, epoch, run.step) if method.bank else ()
             seed_dropout(args.seed, run.total_steps, run.processes.rank)
-            terms = ordinary_step(images, labels, *rows)
-            run.add(terms, len(labels))
+            logged = ordinary_step(images, labels, *rows)
+            run.add(logged, len(labels))
             if method.second_every and run.total_steps % method.second_every == 0:
-                run.show_progress("meta step" if method.second_every > 1 else "")
+                run.show_progress(method.second_name)
                 second_step(images, labels, *rows)          # L-MCL: the meta step
             run.after_step()
             if run.total_steps == args.max_steps and run.step < run.steps_per_epoch:
-                return run.end_early(*scored(args, dataset, method, run, lr))
-        line, score = scored(args, dataset, method, run, lr)
+                return run.end_early(*evaluate_epoch(args, dataset, method, run))
+        line, score = evaluate_epoch(args, dataset, method, run)
         method.end_epoch()
         run.end_epoch(line, score)
 
 
 def train_step(args, method, run, images, labels, *rows):
-    """One SGD step. Returns {"loss", each term's part of the loss by name, "unweighted_" + name}: they sum to the loss."""
+    """One SGD step on a batch: images [B, 3, H, W], labels [B], and the bank's rows. Returns the terms as logged."""
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
         terms = method.terms(images, labels, *rows)
         loss = sum(weight * value for weight, value in terms.values() if weight is not None)
-    method.zero_grad()                                     # all parameters: no gradient outlives a captured step
+    method.zero_grad()                                     # all: a captured step must not add to an old gradient
     loss.backward()
 
-    shown = {"loss": loss, **{name: value if weight is None else weight * value for name, (weight, value) in terms.items()},
-             **{f"unweighted_{name}": value for name, (weight, value) in terms.items() if weight not in (1, None)}}
-    shown = {name: value.detach() for name, value in shown.items()}
-    gradients = [p.grad for p in method.parameters() if p.grad is not None]
-    run.processes.average_in_place([*gradients, *method.statistics(), *shown.values()])
+    logged = as_logged(loss, terms)
+    trained = (p for group in run.optimizers[0].param_groups for p in group["params"])
+    gradients = [p.grad for p in trained if p.grad is not None]
+    run.processes.average_in_place([*gradients, *method.statistics(), *logged.values()])
     run.optimizers[0].step()
     method.after_step(*rows)
-    return shown
+    return logged
+
+
+def as_logged(loss, terms):
+    """{"loss", each term by name and times its weight, "unweighted_" + name where that is not 1}.
+
+    The terms sum to the loss, but for those of weight None, which are logged as they are.
+    """
+    parts = {name: value if weight is None else weight * value for name, (weight, value) in terms.items()}
+    plain = {f"unweighted_{name}": value for name, (weight, value) in terms.items() if weight not in (1, None)}
+    return {name: value.detach() for name, value in {"loss": loss, **parts, **plain}.items()}
 
 
 def steps(args, dataset, method, run):
@@ -93,9 +100,10 @@ def steps(args, dataset, method, run):
     if not args.cuda_graph:
         return ordinary_step, second_step
     example = torch.zeros(2, 3, args.image_size, args.image_size, device=args.device)
-    with torch.no_grad(), meta.batch_statistics(method):
-        if method.second_every > 1 and devices.draws_random_numbers(lambda: method.train().students(example), args.device):
-            raise UserError("--cuda-graph cannot draw a student's dropout masks again in the meta step: leave it out")
+    with torch.no_grad(), meta.batch_statistics(method.train()):
+        dropout = devices.draws_random_numbers(lambda: method.students(example), args.device)
+    if dropout and method.second_every and method.second_name == "meta step":
+        raise UserError("--cuda-graph cannot draw a student's dropout masks again in the meta step: leave it out")
     if hasattr(dataset, "draw"):                           # the augmentation of images in memory
         dataset.draw = CUDAGraphs(dataset.draw)
     return CUDAGraphs(ordinary_step), CUDAGraphs(second_step)
@@ -119,7 +127,7 @@ def train_batches(args, dataset, run, epoch):
 
 
 def seed_dropout(seed, step, rank):
-    """Dropout is the only random thing in a step. Its masks are a function of this, so that a resumed run draws the same."""
+    """Dropout is all that is random in a step: its masks are a function of this, so a resumed run draws the same."""
     digest = hashlib.sha256(f"{seed},{step},{rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -141,54 +149,52 @@ def evaluate(networks, batches, processes):
     return percent[:len(networks)], percent[len(networks):]
 
 
-def scored(args, dataset, method, run, lr):
+def evaluate_epoch(args, dataset, method, run):
     """The epoch's line, printed and drawn, and the score that best.pt is chosen by: mean top-1 of the students."""
     run.stop_clock()
     run.show_progress("evaluation", every=0)
-    backbones = [student.backbone for student in method.cohort.students]
     split = "validation" if len(dataset.validation_labels) else "test"
-    top1, top5 = evaluate(backbones, dataset.test_batches(split, run.processes.part), run.processes)
-    line = run.line(lr=lr, **{f"{split}_top1": top1, f"{split}_top5": top5})
-    if split == "validation" and run.epoch + 1 == args.epochs and run.step == run.steps_per_epoch:
-        top = evaluate(backbones, dataset.test_batches("test", run.processes.part), run.processes)
-        line |= {"test_top1": top[0], "test_top5": top[1]}                                  # once, at the end
+    last = run.epoch + 1 == args.epochs and run.step == run.steps_per_epoch
+    backbones, scores = [student.backbone for student in method.cohort.students], {}
+    for name in dict.fromkeys([split, "test"] if last else [split]):   # with a validation split the test set once, last
+        top1, top5 = evaluate(backbones, dataset.test_batches(name, run.processes.part), run.processes)
+        scores |= {f"{name}_top1": top1, f"{name}_top5": top5}
+    line = run.line(lr=learning_rate(args, run.epoch), **scores)
     if run.speaks:
-        if sys.stderr.isatty():
-            experiment.show_line("")
-        say(f"epoch {line['epoch']:3d}  step {line['step']}  lr {lr:.4f}  loss {line['loss']:.3f}  ce {line['ce']:.3f}  "
-            + f"{split} top-1 {' '.join(f'{x:.2f}' for x in top1)}  {line['images_per_second']:.0f} images/s"
-            + (f"  test top-1 {' '.join(f'{x:.2f}' for x in top[0])}" if "test_top1" in line and split != "test" else ""))
-        picture = None
-        if len(args.arch) > 1 and args.method == "lmcl":
-            picture = io.BytesIO()
-            weights, meta_steps = method.lambda_sum / run.step, run.total_steps // method.second_every if method.second_every else 0
-            meta.draw_matching(weights, args.arch, picture, meta_steps)
-            write(run.out / "matching.png", picture.getvalue())
+        tops = "  ".join(f"{name[:-5]} top-1 {' '.join(f'{x:.2f}' for x in top)}"
+                         for name, top in scores.items() if name.endswith("top1"))
+        say(f"epoch {line['epoch']:3d}  step {line['step']}  lr {line['lr']:.4f}  loss {line['loss']:.3f}  "
+            f"ce {line['ce']:.3f}  {tops}  {line['images_per_second']:.0f} images/s")
+        if picture := method.picture(run.step, run.total_steps):
+            write(run.out / "matching.png", picture)
         run.to_tensorboard(line, picture)
-    return line, sum(top1) / len(top1)
+    return line, sum(scores[f"{split}_top1"]) / len(backbones)
 
 
 def evaluate_file(args):
     """--evaluate: top-1 and top-5 of every student of last.pt, best.pt or a student file."""
-    students, saved = trained_students(args.evaluate, args.device)
-    given = {k: v for k, v in vars(args).items() if k in ("dataset", "data_dir") and v is not None}
-    saved = argparse.Namespace(**{**vars(saved), **given})
+    students, saved = trained_students(args.evaluate, args)
+    saved.dataset, saved.data_dir = args.dataset or saved.dataset, args.data_dir or saved.data_dir
+    streamed = args.stream or saved.stream or students[0].resize != students[0].image_size
+    saved.stream, saved.workers = streamed and saved.dataset == "folder", args.workers
     dataset = load_data(saved, image_size=students[0].image_size)
-    if list(dataset.classes) != list(students[0].classes):
-        raise UserError(f"{args.evaluate} was trained on other classes ({shorten(students[0].classes)}) than those of --dataset "
-                        f"{dataset.name} --data-dir {saved.data_dir} ({shorten(dataset.classes)}): give its own data set")
+    check_classes(args.evaluate, students[0].classes, dataset, saved.data_dir)
     dataset = dataclasses.replace(dataset, mean=students[0].mean, std=students[0].std).to(args.device)
     scores = evaluate(students, dataset.test_batches("test"), devices.Processes({}))
     for a, (student, top1, top5) in enumerate(zip(students, *scores, strict=True), start=1):
         say(f"student {a}  {student.architecture}: top-1 {top1:.2f}  top-5 {top5:.2f}")
 
 
+def check_classes(path, classes, dataset, data_dir):
+    if list(classes) != list(dataset.classes):
+        raise UserError(f"{path} was trained on other classes ({shorten(classes)}) than those of --dataset "
+                        f"{dataset.name} --data-dir {data_dir} ({shorten(dataset.classes)}): give its own data set")
+
+
 @torch.no_grad()
 def predict(args):
-    """--predict: the five likeliest classes of each picture, one line each; several students: their mean probability."""
-    if not args.checkpoint:
-        raise UserError("--predict wants --checkpoint FILE: a student file, last.pt or best.pt")
-    students, _ = trained_students(args.checkpoint, args.device)
+    """--predict: the five likeliest classes of each picture, one line each; by the students' mean probability."""
+    students, _ = trained_students(args.checkpoint, args)
     for path, pixels in data.pictures(args.predict):
         image = students[0].transform(pixels)[None].to(args.device)                                  # [1, 3, H, W]
         probability = torch.stack([student(image).softmax(-1)[0] for student in students]).mean(0)   # [C]
@@ -197,24 +203,25 @@ def predict(args):
                                     zip(best.values.tolist(), best.indices.tolist(), strict=True)))
 
 
-def trained_students(path, device):
+def trained_students(path, args):
     """The networks of a student file, last.pt or best.pt, in eval mode (models.load_student), and the run's options."""
-    content = mendable(models.read_weights, path)
+    content = as_user_error(models.read_weights, path)
     if models.is_student_file(content):
-        return [mendable(models.load_student, content).to(device)], options.parse("", [])
+        return [as_user_error(models.load_student, content).to(args.device)], options.parse("", [])
     state = experiment.load_checkpoint(path)
     saved = argparse.Namespace(**state["args"])
-    if saved.model_file:
-        mendable(models.load_model_file, saved.model_file)
+    if saved.model_file and not args.model_file:
+        as_user_error(models.load_model_file, saved.model_file)
     cohort, students = models.Cohort(saved.arch, len(state["classes"]), branches=False), []
     for a, (name, student) in enumerate(zip(saved.arch, cohort.students, strict=True)):
         prefix = f"students.{a}.backbone."
-        student.backbone.load_state_dict({key.split(prefix)[1]: v for key, v in state["model"].items() if prefix in key})
-        students.append(models.load_student(exported(student.backbone, name, state)).to(device))
+        own = {key.split(prefix)[1]: tensor for key, tensor in state["model"].items() if prefix in key}
+        student.backbone.load_state_dict(own)
+        students.append(models.load_student(student_content(student.backbone, name, state)).to(args.device))
     return students, saved
 
 
-def exported(backbone, name, facts):
+def student_content(backbone, name, facts):
     return models.student_file(backbone, name, *(facts[k] for k in ("classes", "mean", "std", "image_size", "resize")))
 
 
@@ -229,19 +236,20 @@ def build(args, dataset):
     """The method's networks on the device, drawn from the seed: the same initial backbones for every method."""
     torch.manual_seed(args.seed)
     method = METHODS[args.method](args, len(dataset.classes), dataset.train_labels)
-    mendable(method.cohort.check, args.image_size)
+    as_user_error(method.cohort.check, args.image_size)
     if args.weights:
         for student, name, path in zip(method.cohort.students, args.arch, args.weights, strict=True):
-            say(f"weights    {path}: " + mendable(models.load_weights, student.backbone, name, path))
+            dataset.notes.append(f"weights {path}: " + as_user_error(models.load_weights, student.backbone, name, path))
     return method.to(args.device, memory_format=torch.channels_last)
 
 
 def make_optimizers(args, method):
     """SGD of the recipe for what the loss trains, and the optimizer of the second step, if there is one."""
-    return method.optimizers(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=True, fused=True)
+    return method.optimizers(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=True,
+                             fused=True)
 
 
-def mendable(call, *inputs):
+def as_user_error(call, *inputs):
     """call(*inputs), whose ValueError is one line for the user."""
     try:
         return call(*inputs)
@@ -252,11 +260,13 @@ def mendable(call, *inputs):
 @torch.no_grad()
 def formula(args, method):
     """The loss in words, from the terms of two black images; they leave no trace."""
-    images, labels = torch.zeros(2, 3, args.image_size, args.image_size), torch.zeros(2, dtype=torch.int64)
-    images, labels = images.to(args.device), labels.to(args.device)
-    terms = method.eval().terms(images, labels, *(method.bank.draw(labels, 0, 0) if method.bank else ()))
+    images = torch.zeros(2, 3, args.image_size, args.image_size, device=args.device)
+    labels = torch.zeros(2, dtype=torch.int64, device=args.device)
+    index = torch.zeros_like(labels)
+    terms = method.eval().terms(images, labels, *(method.bank.draw(index, 0, 0) if method.bank else ()))
     method.end_epoch()
-    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, (weight, _) in terms.items() if weight is not None) \
+    weights = {name: weight for name, (weight, _) in terms.items() if weight is not None}
+    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items()) \
         + (f"; tau {args.tau:g}, T {args.T:g}, contrast {args.contrast}" if method.embeddings else "")
 
 
@@ -266,9 +276,9 @@ def report(args, dataset, method, run):
         own, whole = (models.multiply_adds(m, args.image_size) / 1e6 for m in (student.backbone, student))
         say(f"student {a}  {name}: {models.parameters(student.backbone):,} parameters, {own:.1f}M multiply-adds"
             + (f"; with branches {models.parameters(student):,}, {whole:.1f}M" if len(student.branches) else ""))
-    say(f"data       {dataset.name}: {len(dataset.train_labels):,} training"
-        + (f", {len(dataset.validation_labels):,} validation" if len(dataset.validation_labels) else "")
-        + f" and {len(dataset.test_labels):,} test images, {len(dataset.classes)} classes, {args.image_size}x{args.image_size}")
+    held = f", {len(dataset.validation_labels):,} validation" if len(dataset.validation_labels) else ""
+    say(f"data       {dataset.name}: {len(dataset.train_labels):,} training{held} and {len(dataset.test_labels):,} "
+        f"test images, {len(dataset.classes)} classes, {args.image_size}x{args.image_size}")
     for note in dataset.notes:
         say(f"           {note}")
     say(f"device     {devices.device_name(args.device)}, torch {torch.__version__}"
@@ -278,8 +288,8 @@ def report(args, dataset, method, run):
     say(f"steps      {args.epochs} epochs of {run.steps_per_epoch} steps of {args.batch_size} = {total:,}"
         + (f", ending at {args.max_steps:,}" if args.max_steps else "")
         + (f"; {args.schedule} schedule" + (f", drops at {args.milestones}" if args.schedule == "multistep" else "")))
-    if method.second_every > (args.max_steps or total):
-        say(f"warning    {args.max_steps or total} steps are fewer than --meta-freq {args.meta_freq}: no meta step will be made, "
+    if method.second_every > min(total, args.max_steps or total):
+        say(f"warning    this is less than --meta-freq {args.meta_freq}: no meta step will be made, "
             "and the matching network stays as drawn")
     say(f"output     {run.out}")
 
@@ -294,9 +304,7 @@ def main(argv=None):
             devices.be_deterministic()
         if args.evaluate or args.predict:
             return evaluate_file(args) if args.evaluate else predict(args)
-        if args.cuda_graph and (args.device.type != "cuda" or processes.size > 1):
-            raise UserError(f"--cuda-graph wants a CUDA device, and this is {args.device}: leave it out"
-                            if args.device.type != "cuda" else "--cuda-graph has not been seen with several processes: leave it out")
+        devices.check_graphs(args, processes)
         if args.batch_size % (2 * processes.size):
             raise UserError(f"--batch-size {args.batch_size} must divide by {2 * processes.size}: pairs of images "
                             f"for {processes.size} processes")
@@ -305,42 +313,38 @@ def main(argv=None):
         if processes.rank == 0:
             say("loading    the data set")
         dataset = load_data(args).to(args.device)
-        dataset.steps_per_epoch(args.batch_size)           # which refuses one that is too large
-        if found and list(found["classes"]) != list(dataset.classes):
-            raise UserError(f"{out / 'last.pt'} was trained on other classes ({shorten(found['classes'])}) than those in --data-dir "
-                            f"{args.data_dir} ({shorten(dataset.classes)}): give its own")
+        steps_per_epoch = dataset.steps_per_epoch(args.batch_size)
+        if found:
+            check_classes(out / "last.pt", found["classes"], dataset, args.data_dir)
         method = build(args, dataset)
-        with experiment.Signals("train.py", processes.rank == 0) as signals:
-            start(args, dataset, method, out, found, processes, signals)
-
-
-def start(args, dataset, method, out, found, processes, signals):
-    """Connect the processes, take up what was found, train, export."""
-    if processes.rank == 0:
-        out.open()
-    processes.start(args.device)
-    processes.broadcast(method)
-    method.gather = processes.gather
-    facts = dict(classes=dataset.classes, mean=dataset.mean, std=dataset.std, image_size=args.image_size, resize=dataset.resize)
-    run = experiment.Run(args, out, method, make_optimizers(args, method), facts, dataset.steps_per_epoch(args.batch_size),
-                         len(dataset.train_labels), processes, signals)
-    if run.speaks:
-        report(args, dataset, method, run)
-    if found:
-        run.load(found)
-        found.clear()                                      # its tensors are not needed twice
-    if run.speaks and args.resume:
-        done = run.epoch >= args.epochs or 0 < args.max_steps <= run.total_steps
-        say(f"resuming   {out / 'last.pt'}, {run.total_steps:,} steps done" + "; nothing is left to do" * done if run.total_steps
-            else f"resuming   no {out / 'last.pt'}: starting afresh")
-    run.write_log()
-    train(args, dataset, method, run)
-    if run.speaks:
-        for a, (name, student) in enumerate(zip(args.arch, method.cohort.students, strict=True), start=1):
-            write(out / f"student_{a}_{name}.pt", experiment.torch_bytes(exported(student.backbone, name, facts)))
-        say(run.closing_words())
-    processes.stop()
+        with experiment.Signals("train.py", processes) as signals:
+            if processes.rank == 0:
+                out.open()
+            processes.start(args.device)
+            processes.broadcast(method)
+            method.gather = processes.gather
+            facts = {name: getattr(dataset, name) for name in ("classes", "mean", "std", "image_size", "resize")}
+            run = experiment.Run(args, out, method, make_optimizers(args, method), facts, steps_per_epoch,
+                                 len(dataset.train_labels), processes, signals)
+            if run.speaks:
+                report(args, dataset, method, run)
+            if found:
+                run.load(found)
+                found.clear()                              # its tensors are not needed twice
+            if run.speaks and args.resume:
+                over = run.epoch >= args.epochs or 0 < args.max_steps <= run.total_steps
+                say(f"resuming   {out / 'last.pt'}, {run.total_steps:,} steps done" + "; nothing is left to do" * over
+                    if run.total_steps else f"resuming   no {out / 'last.pt'}: starting afresh")
+            run.write_log()
+            train(args, dataset, method, run)
+            if run.speaks:
+                for a, (name, student) in enumerate(zip(args.arch, method.cohort.students, strict=True), start=1):
+                    content = experiment.torch_bytes(student_content(student.backbone, name, facts))
+                    write(out / f"student_{a}_{name}.pt", content)
+                say(run.closing_words())
+            processes.stop()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
