@@ -175,7 +175,7 @@ class OutDir:
     """The folder of one run: made, and locked so that two runs never share it."""
 
     def __init__(self, name):
-        self.path, self.lock = Path(name).expanduser(), None
+        self.path, self.lock, self.seen = Path(name).expanduser(), None, None
 
     def __truediv__(self, name):
         return self.path / name
@@ -189,6 +189,7 @@ class OutDir:
         free: the names of options that may differ from the checkpoint's.
         """
         found = [p for p in (self / "last.pt", self / "previous.pt") if os.path.exists(p)]   # Path.exists may raise
+        self.seen = self.last_written()
         if not found:
             return None
         if not args.resume:
@@ -204,6 +205,11 @@ class OutDir:
             raise UserError(f"{found[0]} was made by {number}, and this is {processes.size}: start as many")
         compare_arguments(args, state["args"], free, found[0])
         return state
+
+    def last_written(self):
+        """When last.pt was written; None without one."""
+        with contextlib.suppress(OSError):
+            return os.stat(self / "last.pt").st_mtime_ns
 
     def open(self):
         """Make the folder and lock it. Raises UserError if that cannot be done or another process holds the lock."""
@@ -221,6 +227,8 @@ class OutDir:
                                 "wait for its end, or give another one") from None
             except OSError:
                 pass                                       # a file system without locks
+            if self.last_written() != self.seen:           # a run has ended between find_checkpoint and the lock
+                raise UserError(f"another process has just written {self / 'last.pt'}: start again with --resume")
             self.lock.truncate(0)
             self.lock.write(f"{os.getpid()}\n")
             self.lock.flush()

@@ -179,7 +179,7 @@ def test_starting_from_weights(run, monkeypatch):
 
 def test_too_few_steps_for_a_meta_step_are_warned_of(run, capsys):
     run("--meta-freq", 7)
-    assert "fewer than --meta-freq 7" in capsys.readouterr().out
+    assert "less than --meta-freq 7" in capsys.readouterr().out
 
 
 def test_tensorboard(run, monkeypatch, capsys):
@@ -370,7 +370,7 @@ def test_an_image_that_breaks_while_training_is_named_and_nothing_is_lost(run, i
     (["--evaluate", "foreign.pt"], 1, "foreign.pt"),
     (["--evaluate", "future.pt"], 1, "newer"),
     (["--evaluate", "past.pt"], 1, "older"),
-    (["--predict", "cat.png"], 1, "--checkpoint"),
+    (["--predict", "cat.png"], 2, "--checkpoint"),
     (["--predict", "cat.png", "--checkpoint", "junk.pt"], 1, "junk.pt"),
     (["--image-size", "10000000"], 1, "out of memory"),
     (["--out-dir", "junk.pt/x"], 1, "--out-dir junk.pt/x"),
