@@ -11,6 +11,8 @@ from PIL import Image
 
 import train
 
+torch.set_num_threads(1)                                   # small tensors: a second thread would mostly be waited for
+
 TIMES = ("seconds", "images_per_second", "data_seconds")
 
 
