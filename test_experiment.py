@@ -321,7 +321,7 @@ def test_captured_steps_equal_plain_ones(flags, device, images, tmp_path, monkey
     captured, true_steps, states = [], train.steps, []
     monkeypatch.setattr(train, "steps", lambda *args: captured.extend(true_steps(*args)) or captured[-2:])
     for graphs in ([], ["--cuda-graph"]):
-        args = options.parse("", ["--arch", "resnet8", "--image-size", "16", "--epochs", "3", "--lr", "0.01",
+        args = options.parse("", ["--arch", "small", "--image-size", "16", "--epochs", "3", "--lr", "0.01",
                                   "--batch-size", "12", "--meta-freq", "1", "--meta-steps", "1", "--out-dir",
                                   str(tmp_path / f"out{len(graphs)}"), *flags, *graphs])
         args.device, dataset = torch.device(device), data.load("folder", images, 16).to(device)

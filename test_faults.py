@@ -24,7 +24,7 @@ import train
 from conftest import draw_images, results
 from test_experiment import assert_refused, damages
 
-FLAGS = ["--dataset", "folder", "--image-size", "16", "--arch", "resnet8", "--batch-size", "18", "--meta-freq", "3",
+FLAGS = ["--dataset", "folder", "--image-size", "16", "--arch", "small", "--batch-size", "18", "--meta-freq", "3",
          "--device", "cpu", "--resume", "--save-every", "0.00001", "--out-dir", "out"]
 
 

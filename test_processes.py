@@ -32,7 +32,7 @@ from devices import Processes
 from experiment import Run, fingerprint
 
 HERE = Path(__file__).parent
-PAIR, MIXED = ["--arch", "resnet8"], ["--arch", "resnet8", "wrn_10_1", "shufflenetv2_0.5"]
+PAIR, MIXED = ["--arch", "small"], ["--arch", "resnet8", "wrn_10_1", "shufflenetv2_0.5"]
 BANK = ["--contrast", "bank", "--negatives", "12"]
 SHORT = ["--batch-size", "12", "--save-every", "0.0001", "--meta-freq", "3"]                  # 8 steps, two meta steps
 CASES = [["--method", name, *PAIR] for name in ("lmcl", "mcl", "deep-supervision", "dml", "afd", "independent")] + [
@@ -270,7 +270,7 @@ def test_batches_that_do_not_divide_are_refused_in_one_line(images, tmp_path):
 def torchrun(folder, *more, images, nodes=()):
     """torchrun itself; nodes: its options for several machines."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1" if nodes else "2", *nodes,
-               str(HERE / "train.py"), *flags(images, folder / "out", 2, *SHORT, "--resume", *more)]
+               str(HERE / "train.py"), *flags(images, folder / "out", 2, *SHORT, "--arch", "resnet8", "--resume", *more)]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
 
@@ -278,7 +278,7 @@ def torchrun(folder, *more, images, nodes=()):
 def test_torchrun_on_two_nodes(images, tmp_path):
     """Two agents on this machine, one process each: the same run as torchrun's two on one node."""
     (tmp_path / "one").mkdir()
-    assert wait(fork(2, program(images, "out", "--resume"), tmp_path / "one")) == [0, 0]
+    assert wait(fork(2, program(images, "out", "--arch", "resnet8", "--resume"), tmp_path / "one")) == [0, 0]
     node = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--node-rank"]
     agents = [torchrun(tmp_path, images=images, nodes=[*node, str(rank)]) for rank in (0, 1)]
     errors = [agent.communicate(timeout=100)[1] for agent in agents]

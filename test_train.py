@@ -1,9 +1,12 @@
 """train.py and options.py: the loop's schedule, resuming, outputs, and what users do wrong."""
 
 import ast
+import importlib
 import itertools
 import math
+import operator
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -80,7 +83,7 @@ def test_default_out_dirs_name_what_differs():
 
 
 def test_outputs(run, capsys, images):
-    log = run(epochs=2)
+    log = run("--arch", "resnet8", epochs=2)
     printed = capsys.readouterr().out
     for word in ("student 2", "77,782 parameters", "3.1M multiply-adds", "with branches 208,546", "cpu", "0.1 vcl",
                  "54 training and 18 test", "tau 0.1", "2 epochs of 3 steps of 18 = 6", "best epoch",
@@ -169,7 +172,7 @@ def test_validation_chooses_the_best_and_the_test_set_is_looked_at_once(run, mon
 
 def test_starting_from_weights(run, monkeypatch):
     run("--method", "independent", epochs=1)
-    files, seen = [f"out/student_{a}_resnet8.pt" for a in (1, 2)], []
+    files, seen = [f"out/student_{a}_small.pt" for a in (1, 2)], []
     monkeypatch.setattr(train, "train", lambda args, dataset, method, run: seen.extend(method.cohort.students))
     run("--weights", *files, out="second")
     for student, file in zip(seen, files, strict=True):
@@ -395,7 +398,7 @@ def test_out_dirs_that_cannot_be_used(run, fails, capsys):
                         (["--out-dir", "used", "--resume", "--lr", "0.3"], "--lr 0.1 (now 0.3)"),
                         (["--out-dir", "used", "--resume", "--epochs", "7"], "learning-rate schedule"),
                         (["--out-dir", "used", "--arch", "resnet8", "resnet20", "--resume"],
-                         "--arch resnet8 resnet8 (now resnet8 resnet20)")):
+                         "--arch small small (now resnet8 resnet20)")):
         fails(more, words)
     assert results("used") == before
     Path("used/last.pt").write_bytes(Path("used/last.pt").read_bytes()[:-1000])
@@ -467,7 +470,7 @@ def test_as_a_program(tmp_path, images):
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-    with subprocess.Popen([*command, *flags(images, tmp_path / "out", 1, "--method", "independent")],
+    with subprocess.Popen([*command, *flags(images, tmp_path / "out", 1, "--method", "independent", "--arch", "resnet8")],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.readline()
         process.stdout.close()
@@ -507,3 +510,11 @@ def test_no_file_imports_upward():
         below = set() if name in leaves or name == "compare" else leaves | set(order[:place - len(leaves)])
         assert imported & (leaves | set(order)) <= below, name
     assert set(METHODS) == {"lmcl", "mcl", "deep-supervision", "dml", "afd", "independent"}
+
+
+def test_every_function_that_the_docs_name_exists():
+    """README and docs point to `file.name`: the auditor's way from an equation to its line."""
+    for page in (HERE / "README.md", *(HERE / "docs").glob("*.md")):
+        for name, path in re.findall(r"\b([a-z_]+)\.([A-Za-z_]\w*(?:\.\w+)?)", page.read_text()):
+            if (HERE / f"{name}.py").exists() and path.split(".")[0] not in ("py", "md"):
+                operator.attrgetter(path)(importlib.import_module(name))              # or AttributeError
