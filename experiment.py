@@ -409,9 +409,11 @@ class Run:
         self.write_log()
 
     def end_early(self, line, score):
-        """--max-steps ended the run inside an epoch: the line is logged; --resume goes on with the epoch without it."""
+        """--max-steps ended the run inside an epoch: log.jsonl and best.pt know it, until --resume goes on with it."""
         self.save("last.pt")
         if score > self.best:
+            if self.speaks and self.best_epoch:
+                link(self.out / "best.pt", self.out / "best_before.pt")
             self.best, self.best_epoch = score, self.epoch + 1
             self.save("best.pt")
         self.write_log(line)
@@ -455,6 +457,10 @@ class Run:
             optimizer.load_state_dict(saved)
         for name in self.PROGRESS:
             setattr(self, name, state[name])
+        if self.speaks and not self.best_epoch:            # no epoch is done: best.pt was of an unfinished one
+            (self.out / "best.pt").unlink(missing_ok=True)
+        elif self.speaks and (self.out / "best_before.pt").exists():
+            os.replace(self.out / "best_before.pt", self.out / "best.pt")
 
 
 def show_line(text):
