@@ -19,13 +19,20 @@ torch.set_num_threads(1)                                   # small tensors: a se
 class Small:
     """Two stages of one convolution: what most tests train, since they look at the program and not at the student."""
 
-    stages, width = 2, 8
+    stages = 2
+
+    def __init__(self, width):
+        self.width = width
+
+    def layer(self, inputs, stride):
+        convolution = nn.Conv2d(inputs, self.width, 3, stride, padding=1, bias=False)
+        return nn.Sequential(convolution, nn.BatchNorm2d(self.width), nn.ReLU())
 
     def stem(self):
-        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        return self.layer(3, stride=1)
 
     def stage(self, s):
-        return nn.Sequential(nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        return self.layer(self.width, stride=2)
 
     def tail(self):
         return nn.Identity()
@@ -34,7 +41,7 @@ class Small:
         models.he_normal(module)
 
 
-models.ARCHITECTURES["small"] = Small()
+models.ARCHITECTURES |= {"small": Small(8), "small_12": Small(12)}
 TIMES = ("seconds", "images_per_second", "data_seconds")
 
 

@@ -72,7 +72,7 @@ def one_line_errors(program, errors, args):
         return
     if message:
         if "RANK" in os.environ and os.environ["RANK"] != "0":
-            time.sleep(3)                                  # torchrun ends this process if process 0 had the same to say
+            time.sleep(1.5)                                # torchrun ends this process if process 0 had the same to say
         warn(f"{program}: {' '.join(message.split())}")
     sys.exit(status)
 

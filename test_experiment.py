@@ -299,7 +299,7 @@ class CPUGraph(TorchDispatchMode):
 
 
 def play_graphs_on_the_cpu(monkeypatch):
-    for name, stand_in in (("CUDAGraph", CPUGraph), ("graph", lambda graph, pool, stream, capture_error_mode: graph), ("Stream", MagicMock),
+    for name, stand_in in (("CUDAGraph", CPUGraph), ("graph", lambda graph, **_: graph), ("Stream", MagicMock),
                            ("stream", MagicMock()), ("current_stream", MagicMock), ("graph_pool_handle", MagicMock)):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(devices.CUDAGraphs, "WARM_UP", 1)

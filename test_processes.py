@@ -32,11 +32,11 @@ from devices import Processes
 from experiment import Run, fingerprint
 
 HERE = Path(__file__).parent
-PAIR, MIXED = ["--arch", "small"], ["--arch", "resnet8", "wrn_10_1", "shufflenetv2_0.5"]
+PAIR, MIXED = ["--arch", "small"], ["--arch", "small", "small_12", "small"]
 BANK = ["--contrast", "bank", "--negatives", "12"]
 SHORT = ["--batch-size", "12", "--save-every", "0.0001", "--meta-freq", "3"]                  # 8 steps, two meta steps
 CASES = [["--method", name, *PAIR] for name in ("lmcl", "mcl", "deep-supervision", "dml", "afd", "independent")] + [
-    ["--method", "lmcl", *MIXED, "--meta-steps", "1"], ["--method", "lmcl", *PAIR, *BANK],
+    ["--method", "lmcl", *MIXED], ["--method", "lmcl", *PAIR, *BANK],
     ["--method", "mcl", *MIXED, *BANK, "--logit-kd"]]
 
 
@@ -105,7 +105,7 @@ def setting(flags, images, processes):
 
 
 def batches(args, dataset, method, part):
-    for step in range(4):
+    for step in range(5):
         epoch, place = divmod(step, 3)
         images, labels, index = next(dataset.train_batches(16, 0, epoch, place, part=part))
         rows = method.bank.draw(index, epoch, place) if method.bank else ()
@@ -113,7 +113,7 @@ def batches(args, dataset, method, part):
 
 
 def by_processes(rank, flags, images, broken=None):
-    """Four steps and two second steps with the real thing; broken: the name of what is left out."""
+    """Five steps and two second steps with the real thing; broken: the name of what is left out."""
     processes = Processes()
     processes.start(torch.device("cpu"))
     args, dataset, method, run = setting(flags, images, processes)
@@ -270,7 +270,8 @@ def test_batches_that_do_not_divide_are_refused_in_one_line(images, tmp_path):
 def torchrun(folder, *more, images, nodes=()):
     """torchrun itself; nodes: its options for several machines."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1" if nodes else "2", *nodes,
-               str(HERE / "train.py"), *flags(images, folder / "out", 2, *SHORT, "--arch", "resnet8", "--resume", *more)]
+               str(HERE / "train.py"),
+               *flags(images, folder / "out", 2, *SHORT, "--arch", "resnet8", "--resume", *more)]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
 

@@ -138,10 +138,10 @@ def test_the_log_holds_means_over_the_epoch(run, monkeypatch):
 
 
 def test_cohorts_of_one_three_and_of_imagenet_students(run):
-    """Two steps, a second step, evaluation."""
+    """Two steps, evaluation, and a second step but for the last."""
     alone = [["--num-nets", 1, "--method", name] for name in METHODS]
     for n, more in [*((1, more) for more in alone), (3, ["--arch", "resnet8", "wrn_10_1", "shufflenetv2_0.5"]),
-                    (2, ["--arch", "shufflenet_v2_x0_5"])]:
+                    (2, ["--meta-freq", 3, "--arch", "shufflenet_v2_x0_5"])]:
         log = run(*more, "--max-steps", 2, out=more[-1], epochs=1)
         assert len(log[1]["test_top1"]) == n and math.isfinite(log[1]["loss"])
 
@@ -470,7 +470,8 @@ def test_as_a_program(tmp_path, images):
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-    with subprocess.Popen([*command, *flags(images, tmp_path / "out", 1, "--method", "independent", "--arch", "resnet8")],
+    arguments = flags(images, tmp_path / "out", 1, "--method", "independent", "--arch", "resnet8")
+    with subprocess.Popen([*command, *arguments],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.readline()
         process.stdout.close()
