@@ -13,7 +13,7 @@ for class in "$images"/train/*/; do
   name=$(basename "$class")
   [ -e "$work/quarter/train/$name" ] && continue
   mkdir "$work/quarter/train/$name"
-  ls "$class" | LC_ALL=C sort | head -n 125 | while read -r file; do ln -s "$class$file" "$work/quarter/train/$name/$file"; done
+  ls "$class" | LC_ALL=C sort | sed -n 1,125p | while read -r file; do ln -s "$class$file" "$work/quarter/train/$name/$file"; done
 done
 export OMP_NUM_THREADS=1
 for seed in $seeds; do
