@@ -9,7 +9,6 @@ backward, which the meta step needs, and one visible average serves both steps.
 """
 
 import os
-import time
 from datetime import timedelta
 
 import torch
@@ -97,7 +96,6 @@ class Processes:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError) as error:          # gloo: RuntimeError; nccl: DistBackendError, one of them
-            time.sleep(0.5 * (self.rank > 0))                # let the process that knows the cause speak first
             raise UserError(f"another process of this run has ended ({str(error).splitlines()[0][:60]}): see above, or "
                             "its machine; the same command with --resume goes on") from None
 
