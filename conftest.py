@@ -41,6 +41,12 @@ class Small:
         models.he_normal(module)
 
 
+def pytest_configure(config):
+    """Words of torchvision and pycocotools to themselves."""
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torchvision|pycocotools")
+    config.addinivalue_line("filterwarnings", "ignore:Detected pickle protocol 118")
+
+
 models.ARCHITECTURES |= {"small": Small(8), "small_12": Small(12)}
 TIMES = ("seconds", "images_per_second", "data_seconds")
 

@@ -333,15 +333,17 @@ KINDS = [*(("RGB", RED, RED, ending) for ending in ("jpg", "png", "webp")),  # m
          ("RGBA", (*RED, 51), (244, 208, 208), "png")]  # four fifths transparent: so far to white
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_folder_takes_every_kind_of_image(tmp_path, stream):
+@pytest.mark.parametrize("stream", [False, True, "without torchvision's decoder"])
+def test_folder_takes_every_kind_of_image(tmp_path, monkeypatch, stream):
+    if isinstance(stream, str):
+        monkeypatch.setattr(data, "decode_jpeg", None)
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             (tmp_path / split / name).mkdir(parents=True)
             for i, (mode, colour, _, ending) in enumerate(KINDS):
                 settings = {"webp": {"lossless": True}, "jpg": {"quality": 100, "subsampling": 0}}.get(ending, {})
                 Image.new(mode, (32, 32), colour).save(tmp_path / split / name / f"{i:02}.{ending}", **settings)
-    loaded = data.load("folder", tmp_path, stream=stream, workers=1)
+    loaded = data.load("folder", tmp_path, stream=bool(stream), workers=1)
     mean, std = loaded.mean_std[:, :, None, None]
     images, labels = columns(loaded.test_batches())
     assert labels.tolist() == [0] * len(KINDS) + [1] * len(KINDS)

@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import itertools
 import math
 import operator
 import os
@@ -211,12 +210,12 @@ models.ARCHITECTURES["tiny"] = Tiny()
     Path("mine.py").write_text(source.format(width=24))
     for out, parts in (("whole", [[]]), ("parts", [["--max-steps", "2"], ["--resume"]])):
         for part in parts:                                                # dropout's masks too are drawn again
-            run("--model-file", "mine.py", "--arch", "tiny", "resnet8", *part, out=out)
+            run("--model-file", "mine.py", "--arch", "tiny", *part, out=out)
     assert_same("whole", "parts")
     capsys.readouterr()
     del models.ARCHITECTURES["tiny"]
     train.main(["--evaluate", "whole/last.pt", "--device", "cpu"])
-    assert capsys.readouterr().out.count("tiny: top-1") == 1
+    assert capsys.readouterr().out.count("tiny: top-1") == 2
     Path("mine.py").write_text(source.format(width=25))
     with pytest.raises(SystemExit) as end:
         run("--model-file", "mine.py", "--arch", "tiny", out="third")
@@ -464,15 +463,10 @@ def test_a_full_disk_keeps_what_was_there(run, monkeypatch, capsys):
 
 
 def test_as_a_program(tmp_path, images):
-    """From the shell: exit status, one line, no traceback; a reader that goes away (| head -1) does not stop a run."""
-    command = [sys.executable, str(HERE / "train.py")]
-    done = subprocess.run([*command, "--dataset", "folder", "--data-dir", "nowhere", "--device", "cpu"],
-                          cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-    arguments = flags(images, tmp_path / "out", 1, "--method", "independent", "--arch", "resnet8")
-    with subprocess.Popen([*command, *arguments],
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    """From the shell, with a reader that goes away (| head -1): the run does not stop, the exit is clean."""
+    command = [sys.executable, str(HERE / "train.py"),
+               *flags(images, tmp_path / "out", 1, "--method", "independent", "--arch", "resnet8")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait() == 0
@@ -481,10 +475,13 @@ def test_as_a_program(tmp_path, images):
 
 def test_control_c_while_images_load_ends_at_once(tmp_path):
     """Also while libraries are imported; always one line."""
-    Image.effect_noise((1500, 1500), 50).convert("RGB").save(tmp_path / "0.png", compress_level=1)
-    for split, i, k in itertools.product(("train", "test"), range(2), range(1000)):
-        (tmp_path / split / f"{i}").mkdir(parents=True, exist_ok=True)
-        os.link(tmp_path / "0.png", tmp_path / split / f"{i}" / f"{k}.png")
+    first = tmp_path / "train/0"
+    first.mkdir(parents=True)
+    Image.effect_noise((1500, 1500), 50).convert("RGB").save(first / "0.png", compress_level=1)
+    for k in range(1, 1000):
+        os.link(first / "0.png", first / f"{k}.png")
+    (tmp_path / "train/1").symlink_to(first)
+    (tmp_path / "test").symlink_to(tmp_path / "train")
     command = [sys.executable, str(HERE / "train.py"), "--dataset", "folder", "--data-dir", tmp_path, "--device", "cpu"]
     for loading in (False, True):
         with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
