@@ -1,0 +1,75 @@
+"""What each term of an `lmcl` checkpoint pulls at: norms of gradients on the backbones, and the spread of lambda.
+
+    python docs/gradients.py out/RUN/last.pt --batches 10
+
+Prints a Markdown table: each weighted term's norm, as a share of that of the cross-entropy of the students' own heads,
+and its cosine with that; means over batches of epoch 0, in training mode, which leaves no trace in the file.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import devices
+import experiment
+import losses
+import meta
+import options
+import train
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="FILE", help="last.pt or best.pt of an lmcl run")
+    parser.add_argument("--batches", type=int, default=10, help="of the training set (10)")
+    given = parser.parse_args()
+    with experiment.one_line_errors("gradients.py", (devices.UserError, train.data.DataError), given):
+        state = experiment.load_checkpoint(given.checkpoint)
+        args = argparse.Namespace(**{**vars(options.parse("", [])), **state["args"]})
+        if args.method != "lmcl":
+            raise devices.UserError(f"{given.checkpoint} is of --method {args.method}: this wants lmcl")
+        args.device = torch.device("cpu")
+        dataset = train.load_data(args)
+        method = train.build(args, dataset)
+        method.load_state_dict(state["model"])
+        measure(args, dataset, method.train(), given.batches)
+
+
+def measure(args, dataset, method, batches):
+    backbones = [p for student in method.cohort.students for p in student.backbone.parameters()]
+    sums, spreads = {}, []
+    plan = dataset.train_batches(args.batch_size, args.seed, 0, pairs=args.batches == "pairs")
+    for images, labels, index in itertools.islice(plan, batches):
+        rows = method.bank.draw(index, 0, 0) if method.bank else ()
+        with meta.batch_statistics(method):
+            terms = method.terms(images, labels, *rows)
+            features, _, logits = method.students(images)
+        parts = {"ce, own heads": losses.cross_entropy(logits[:, -1:], labels),
+                 "ce, branches": losses.cross_entropy(logits[:, :-1], labels)}
+        parts |= {name: weight * value for name, (weight, value) in terms.items() if weight is not None and name != "ce"}
+        parts["the sum"] = sum(parts.values())
+        gradients = {name: torch.cat([g.flatten() for g in torch.autograd.grad(
+            value, backbones, retain_graph=True, materialize_grads=True)]) for name, value in parts.items()}
+        own = gradients["ce, own heads"]
+        for name, g in gradients.items():
+            cosine = torch.nn.functional.cosine_similarity(g, own, 0)
+            sums[name] = sums.get(name, 0) + torch.stack([g.norm(), g.norm() / own.norm(), cosine]).detach()
+        spreads.append(method.matching(features).detach())
+    print("| term | norm | share | cosine |\n|---|---|---|---|")
+    for name, values in sums.items():
+        norm, share, cosine = (values / batches).tolist()
+        print(f"| {name} | {norm:.3g} | {share:.2f} | {cosine:.2f} |")
+    matching = torch.cat(spreads, -1)                      # [N, L, N, L, samples]
+    N = len(matching)
+    pairs = torch.stack([matching[a, :, b] for a in range(N) for b in range(N) if a != b])       # [.., L, L, samples]
+    print(f"\nlambda: mean {pairs.mean():.3f}, standard deviation {pairs.mean(-1).std():.3f} over pairs of stages, "
+          f"{pairs.std(-1).mean():.3f} over samples")
+
+
+if __name__ == "__main__":
+    main()
