@@ -114,8 +114,8 @@ class Pictures:
         """(id, flip) -> image uint8 [3, H, W] and target: boxes [n, 4] (x1, y1, x2, y2), labels [n] from 1 on, masks
         [n, H, W]. As in torchvision's references, crowds and boxes without area are left out."""
         (number, flip), order = item, sorted(self.index.cats)
-        facts = self.index.imgs[number]
-        path, h, w = self.folder / facts["file_name"], facts["height"], facts["width"]
+        entry = self.index.imgs[number]
+        path, h, w = self.folder / entry["file_name"], entry["height"], entry["width"]
         objects = [a for a in self.index.imgToAnns[number] if not a["iscrowd"]]
         with data.naming(path), Image.open(path) as image:
             if image.size != (w, h):
@@ -310,7 +310,7 @@ def scored(args, test_set, model, run):
     run.show_progress("evaluation", every=0)
     scores = evaluate(args, test_set, model, run.processes)
     line = run.line(lr=run.lr, **scores)
-    if run.speaks:
+    if run.is_main:
         if sys.stderr.isatty():
             experiment.show_line("")
         say(f"epoch {line['epoch']:3d}  step {line['step']}  lr {run.lr:.5f}  loss {line['loss']:.3f}  "
@@ -462,17 +462,18 @@ def start(args, processes):
     model = build(args, test_set.classes, mean, std, weights)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    facts = dict(classes=test_set.classes, mean=list(mean), std=list(std))
+    metadata = dict(classes=test_set.classes, mean=list(mean), std=list(std))
     with experiment.Signals("detect.py", processes) as signals:
         if processes.rank == 0:
             out.open()
         processes.start(args.device)
         processes.broadcast(model)
-        run = experiment.Run(args, out, model, [optimizer], facts, steps, steps * args.batch_size, processes, signals)
+        images = steps * args.batch_size
+        run = experiment.Run(args, out, model, [optimizer], metadata, steps, images, processes, signals)
         if state:
             run.load(state)
             state.clear()                                  # its tensors are not needed twice
-        if run.speaks:
+        if run.is_main:
             say(f"backbone   {args.arch}, {source}; --freeze {args.freeze}, batch norm {args.batch_norm}\n"
                 f"detector   Mask R-CNN with FPN: {models.parameters(model):,} parameters, "
                 f"{sum(p.numel() for p in trained):,} trained\n"
@@ -483,7 +484,7 @@ def start(args, processes):
                 f"output     {out}" + (f", going on after step {run.total_steps:,}" if run.total_steps else ""))
         run.write_log()
         train(args, train_set, test_set, model, run)
-        if run.speaks:
+        if run.is_main:
             say(f"ended      {run.total_steps:,} steps, best epoch {run.best_epoch} (mean of box and mask AP "
                 f"{run.best:.2f}); next: --evaluate {out}/best.pt, or --predict IMAGE --checkpoint {out}/best.pt")
         processes.stop()

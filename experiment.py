@@ -244,7 +244,7 @@ class Signals:
 
     def __init__(self, program="train.py", processes=None):
         self.name, self.program = None, program
-        self.speaks = processes is None or processes.rank == 0
+        self.is_main = processes is None or processes.rank == 0
         self.once = processes is None or processes.size == 1
 
     def __enter__(self):
@@ -256,7 +256,7 @@ class Signals:
         self.name = signal.Signals(number).name
         for s in self.before if self.once else ():
             signal.signal(s, signal.SIG_DFL)
-        if number == signal.SIGINT and self.speaks:
+        if number == signal.SIGINT and self.is_main:
             with contextlib.suppress(OSError):
                 os.write(2, f"\n{self.program}: stopping after this step (Ctrl-C again: at once)\n".encode())
 
@@ -270,24 +270,24 @@ class Signals:
 class Run:
     """What changes while training, all of it in last.pt, and what a run leaves in --out-dir.
 
-    args: all options. model: a module whose state is saved. optimizers: SGD ones follow the schedule. facts: what else
-    a checkpoint says (classes, ...). images: of an epoch, all processes' together.
+    args: all options. model: a module whose state is saved. optimizers: SGD ones follow the schedule. metadata:
+    what else a checkpoint says (classes, ...). images: of an epoch, all processes' together.
     """
 
     PROGRESS = ("epoch", "step", "total_steps", "best", "best_epoch", "log", "sums", "finite_steps", "images",
                 "seconds", "data_seconds")
 
-    def __init__(self, args, out, model, optimizers, facts, steps_per_epoch, images, processes, signals):
-        self.args, self.out, self.model, self.optimizers, self.facts = args, out, model, optimizers, facts
+    def __init__(self, args, out, model, optimizers, metadata, steps_per_epoch, images, processes, signals):
+        self.args, self.out, self.model, self.optimizers, self.metadata = args, out, model, optimizers, metadata
         self.steps_per_epoch, self.images_per_epoch = steps_per_epoch, images
         self.processes, self.signals = processes, signals
-        self.speaks = processes.rank == 0                  # process 0 alone prints, writes and draws
+        self.is_main = processes.rank == 0                 # process 0 alone prints, writes and draws
         graphs = getattr(args, "cuda_graph", False)        # what the steps read: a tensor where a graph reads it
         self.lr = torch.tensor(args.lr, device=args.device) if graphs else args.lr
         self.epoch = self.step = self.total_steps = 0      # the next epoch, the next step in it, steps done in all
         self.best, self.best_epoch = -1.0, 0               # best mean score over epochs
         self.log = [dict(command=shlex.join(["python", *sys.argv]), args=vars(args), torch=str(torch.__version__),
-                         device=device_name(args.device), processes=processes.size, **facts)]
+                         device=device_name(args.device), processes=processes.size, **metadata)]
         self.reset()
         self.shown = self.saved = time.perf_counter()
 
@@ -354,7 +354,7 @@ class Run:
         if wish == 2:
             cause = self.signals.name or "another process was stopped"
             raise Interrupted(f"{cause}: saved {self.out / 'last.pt'} after step {self.total_steps}; "
-                              "the same command with --resume goes on" if self.speaks else "")
+                              "the same command with --resume goes on" if self.is_main else "")
 
     def stop_clock(self):
         """Training time is counted without evaluation and saving; the host waits for the device first."""
@@ -367,7 +367,7 @@ class Run:
     def show_progress(self, doing="", every=1.0):
         """One line on a terminal, at most one a second; nothing into a pipe."""
         now = time.perf_counter()
-        if not (self.speaks and sys.stderr.isatty()) or now - self.shown < every:
+        if not (self.is_main and sys.stderr.isatty()) or now - self.shown < every:
             return
         self.shown = now
         if not self.step:
@@ -412,7 +412,7 @@ class Run:
         """--max-steps ended the run inside an epoch: log.jsonl and best.pt know it, until --resume goes on with it."""
         self.save("last.pt")
         if score > self.best:
-            if self.speaks and self.best_epoch:
+            if self.is_main and self.best_epoch:
                 link(self.out / "best.pt", self.out / "best_before.pt")
             self.best, self.best_epoch = score, self.epoch + 1
             self.save("best.pt")
@@ -432,7 +432,7 @@ class Run:
 
     def write_log(self, *unfinished):
         """log.jsonl from the checkpoint's own copy: no line twice, none missing, whatever was interrupted."""
-        if self.speaks:
+        if self.is_main:
             text = "".join(json.dumps(line, default=str) + "\n" for line in [*self.log, *unfinished])
             write(self.out / "log.jsonl", text.encode())
 
@@ -443,10 +443,10 @@ class Run:
         if self.processes.size > 1 and not self.processes.all_equal(fingerprint(self.model)):
             raise UserError("the processes' copies of the model differ: nothing was saved, "
                             f"{self.out / 'last.pt'} is from before that")
-        if self.speaks:
+        if self.is_main:
             state = dict(format=CHECKPOINT_FORMAT, args={**vars(self.args), "device": str(self.args.device)},
                          processes=self.processes.size, model=self.model.state_dict(),
-                         optimizers=[o.state_dict() for o in self.optimizers], **self.facts,
+                         optimizers=[o.state_dict() for o in self.optimizers], **self.metadata,
                          **{k: getattr(self, k) for k in self.PROGRESS})
             save_checkpoint(self.out / name, state, keep=self.out / "previous.pt" if name == "last.pt" else None)
         self.saved = self.clock = time.perf_counter()
@@ -457,9 +457,9 @@ class Run:
             optimizer.load_state_dict(saved)
         for name in self.PROGRESS:
             setattr(self, name, state[name])
-        if self.speaks and not self.best_epoch:            # no epoch is done: best.pt was of an unfinished one
+        if self.is_main and not self.best_epoch:           # no epoch is done: best.pt was of an unfinished one
             (self.out / "best.pt").unlink(missing_ok=True)
-        elif self.speaks and (self.out / "best_before.pt").exists():
+        elif self.is_main and (self.out / "best_before.pt").exists():
             os.replace(self.out / "best_before.pt", self.out / "best.pt")
 
 

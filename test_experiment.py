@@ -327,8 +327,8 @@ def test_captured_steps_equal_plain_ones(flags, device, images, tmp_path, monkey
         args.device, dataset = torch.device(device), data.load("folder", images, 16).to(device)
         method, out = train.build(args, dataset), experiment.OutDir(args.out_dir)
         out.open()
-        facts = dict(classes=dataset.classes, mean=dataset.mean, std=dataset.std, image_size=16, resize=16)
-        run = experiment.Run(args, out, method, train.make_optimizers(args, method), facts, 4, 54,
+        metadata = dict(classes=dataset.classes, mean=dataset.mean, std=dataset.std, image_size=16, resize=16)
+        run = experiment.Run(args, out, method, train.make_optimizers(args, method), metadata, 4, 54,
                              devices.Processes({}), SimpleNamespace(name=None))
         train.train(args, dataset, method, run)
         states.append(bits({k: v for k, v in experiment.load_checkpoint(out / "last.pt").items() if k != "optimizers"}))

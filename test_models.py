@@ -77,14 +77,14 @@ def test_a_torchvision_backbone_has_torchvisions_tensors(name):
 
 @pytest.mark.parametrize("name", TORCHVISION_SMALL)
 def test_a_torchvision_backbone_is_torchvisions(name, tmp_path):
-    facts = name, ["a", "b", "c"], (0, 0, 0), (1, 1, 1), 64, 73
+    metadata = name, ["a", "b", "c"], (0, 0, 0), (1, 1, 1), 64, 73
     torch.manual_seed(0)
     theirs = torchvision.models.get_model(name, weights=None, num_classes=3).eval()
     torch.manual_seed(0)
     ours, other, third = (models.Backbone(name, 3).eval() for _ in range(3))
     x, n = torch.randn(2, 3, 64, 64), len(theirs.state_dict())
     assert torch.allclose(ours(x), theirs(x), rtol=1e-4)                    # the seed draws the same
-    theirs.load_state_dict(models.student_file(other, *facts)["state_dict"], strict=True)
+    theirs.load_state_dict(models.student_file(other, *metadata)["state_dict"], strict=True)
     torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
     assert models.load_weights(third, name, tmp_path / "theirs.pt") == f"{n} of {n} tensors taken"
     assert all(torch.allclose(net(x), theirs(x), rtol=1e-4) for net in (other, third))

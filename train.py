@@ -160,7 +160,7 @@ def evaluate_epoch(args, dataset, method, run):
         top1, top5 = evaluate(backbones, dataset.test_batches(name, run.processes.part), run.processes)
         scores |= {f"{name}_top1": top1, f"{name}_top5": top5}
     line = run.line(lr=learning_rate(args, run.epoch), **scores)
-    if run.speaks:
+    if run.is_main:
         tops = "  ".join(f"{name[:-5]} top-1 {' '.join(f'{x:.2f}' for x in top)}"
                          for name, top in scores.items() if name.endswith("top1"))
         say(f"epoch {line['epoch']:3d}  step {line['step']}  lr {line['lr']:.4f}  loss {line['loss']:.3f}  "
@@ -221,8 +221,9 @@ def trained_students(path, args):
     return students, saved
 
 
-def student_content(backbone, name, facts):
-    return models.student_file(backbone, name, *(facts[k] for k in ("classes", "mean", "std", "image_size", "resize")))
+def student_content(backbone, name, metadata):
+    keys = "classes", "mean", "std", "image_size", "resize"
+    return models.student_file(backbone, name, *(metadata[k] for k in keys))
 
 
 # ---------------------------------------------------------------- setting up
@@ -323,23 +324,23 @@ def main(argv=None):
             processes.start(args.device)
             processes.broadcast(method)
             method.gather = processes.gather
-            facts = {name: getattr(dataset, name) for name in ("classes", "mean", "std", "image_size", "resize")}
-            run = experiment.Run(args, out, method, make_optimizers(args, method), facts, steps_per_epoch,
+            metadata = {name: getattr(dataset, name) for name in ("classes", "mean", "std", "image_size", "resize")}
+            run = experiment.Run(args, out, method, make_optimizers(args, method), metadata, steps_per_epoch,
                                  len(dataset.train_labels), processes, signals)
-            if run.speaks:
+            if run.is_main:
                 report(args, dataset, method, run)
             if found:
                 run.load(found)
                 found.clear()                              # its tensors are not needed twice
-            if run.speaks and args.resume:
+            if run.is_main and args.resume:
                 over = run.epoch >= args.epochs or 0 < args.max_steps <= run.total_steps
                 say(f"resuming   {out / 'last.pt'}, {run.total_steps:,} steps done" + "; nothing is left to do" * over
                     if run.total_steps else f"resuming   no {out / 'last.pt'}: starting afresh")
             run.write_log()
             train(args, dataset, method, run)
-            if run.speaks:
+            if run.is_main:
                 for a, (name, student) in enumerate(zip(args.arch, method.cohort.students, strict=True), start=1):
-                    content = experiment.torch_bytes(student_content(student.backbone, name, facts))
+                    content = experiment.torch_bytes(student_content(student.backbone, name, metadata))
                     write(out / f"student_{a}_{name}.pt", content)
                 say(run.closing_words())
             processes.stop()
