@@ -343,7 +343,8 @@ def draw(image, found, classes):
     labels = [classes[label - 1] + (f" {score:.2f}" if "scores" in found else "")
               for label, score in zip(found["labels"][keep].tolist(), scores[keep].tolist(), strict=True)]
     colors = COLORS * len(labels)
-    image = draw_segmentation_masks(image, found["masks"][keep].bool(), alpha=0.45, colors=colors)
+    for mask, color in reversed(list(zip(found["masks"][keep].bool(), colors, strict=False))):       # the best one last
+        image = draw_segmentation_masks(image, mask, alpha=0.45, colors=color)      # of several it blackens the overlap
     return draw_bounding_boxes(image, found["boxes"][keep], labels, colors, width=2, fill_labels=True)
 
 

@@ -367,6 +367,13 @@ def test_two_processes(run, own, capsys):
     assert line["step"] == 1 and detect.words({k: line[k] for k in detect.SCORES}) in capsys.readouterr().out
 
 
+def test_overlapping_masks_have_the_colour_of_the_best():
+    found = dict(boxes=torch.tensor([[1., 1, 9, 9]] * 2), labels=torch.tensor([1, 1]), scores=torch.tensor([0.9, 0.8]),
+                 masks=torch.ones(2, 10, 10))
+    r, g, b = detect.draw(torch.full((3, 10, 10), 200, dtype=torch.uint8), found, ["a"])[:, 9, 0].tolist()
+    assert r > g > b > 0                                   # red over lime over gray
+
+
 def test_not_finite(fails):
     fails("--lr", 1e30, words=["became infinite or NaN at step", "smaller --lr"])
 
