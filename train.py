@@ -14,11 +14,11 @@ The method is that of Yang et al., TPAMI 2023 (arXiv 2207.11518). SIGINT, SIGTER
 step, with everything saved; a second one ends it at once.
 """
 
+import os
 import signal
-import sys
 
-if __name__ == "__main__":                                 # Ctrl-C while libraries load: one line too
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("train.py: interrupted"))
+if __name__ == "__main__":                                 # Ctrl-C while libraries load, which may swallow exceptions
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"train.py: interrupted\n"), os._exit(130)))
 
 import argparse
 import dataclasses
