@@ -41,14 +41,14 @@ class Small:
         models.he_normal(module)
 
 
-def pytest_configure(config):
-    """Words of torchvision and pycocotools to themselves."""
-    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torchvision|pycocotools")
-    config.addinivalue_line("filterwarnings", "ignore:Detected pickle protocol 118")
-
-
 models.ARCHITECTURES |= {"small": Small(8), "small_12": Small(12)}
 TIMES = ("seconds", "images_per_second", "data_seconds")
+
+
+def pytest_configure(config):
+    """What torchvision, pycocotools and torch.load warn of is not ours to mend."""
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torchvision|pycocotools")
+    config.addinivalue_line("filterwarnings", "ignore:Detected pickle protocol 118")
 
 
 def draw_images(root, size=16, train_images=9, test_images=3):

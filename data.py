@@ -460,8 +460,8 @@ def read_views(data_dir: str, files: np.ndarray, view: Callable, size: int, batc
 
 
 def read_image(path: str) -> Tensor:
-    """uint8 [3, h, w]. An RGB JPEG that lies upright goes through torchvision, if that still decodes: 1.4 times faster
-    than Pillow, which reads everything else."""
+    """uint8 [3, h, w]. An RGB JPEG that lies upright goes through torchvision, if that still decodes: it is
+    faster than Pillow, which reads everything else."""
     with Image.open(path) as image:  # reads the header only
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
         if decode_jpeg and upright and image.format == "JPEG" and image.mode == "RGB":

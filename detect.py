@@ -10,6 +10,12 @@ Mask R-CNN, FPN and their losses are torchvision's; --dataset coco has mmdetecti
 last.pt, best.pt (chosen on the test set) and detections.png, truth beside prediction, in --out-dir.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":                                 # Ctrl-C while libraries load, as in train.py
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"detect.py: interrupted\n"), os._exit(130)))
+
 import argparse
 import contextlib
 import io
@@ -492,4 +498,5 @@ def start(args, processes):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

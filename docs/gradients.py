@@ -1,9 +1,10 @@
-"""What each term of an `lmcl` checkpoint pulls at: norms of gradients on the backbones, and the spread of lambda.
+"""What each term of an `lmcl` checkpoint pulls at: norms of gradients on the backbones; how alike embeddings are.
 
     python docs/gradients.py out/RUN/last.pt --batches 10
 
 Prints a Markdown table: each weighted term's norm, as a share of that of the cross-entropy of the students' own heads,
-and its cosine with that; means over batches of epoch 0, in training mode, which leaves no trace in the file.
+and its cosine with that; then the mean cosine of two images' embeddings, stage by stage, and the spread of lambda. All
+are means over batches of epoch 0, in training mode. The file stays as it is.
 """
 
 import argparse
@@ -28,12 +29,15 @@ def main():
     parser.add_argument("checkpoint", metavar="FILE", help="last.pt or best.pt of an lmcl run")
     parser.add_argument("--batches", type=int, default=10, help="of the training set (10)")
     given = parser.parse_args()
+    given.device = torch.device("cpu")
     with experiment.one_line_errors("gradients.py", (devices.UserError, train.data.DataError), given):
         state = experiment.load_checkpoint(given.checkpoint)
         args = argparse.Namespace(**{**vars(options.parse("", [])), **state["args"]})
         if args.method != "lmcl":
             raise devices.UserError(f"{given.checkpoint} is of --method {args.method}: this wants lmcl")
-        args.device = torch.device("cpu")
+        args.device, args.weights = given.device, None     # the checkpoint has its own
+        if args.model_file:
+            train.as_user_error(train.models.load_model_file, args.model_file)
         dataset = train.load_data(args)
         method = train.build(args, dataset)
         method.load_state_dict(state["model"])
@@ -42,13 +46,13 @@ def main():
 
 def measure(args, dataset, method, batches):
     backbones = [p for student in method.cohort.students for p in student.backbone.parameters()]
-    sums, spreads = {}, []
+    sums, spreads, cosines = {}, [], 0
     plan = dataset.train_batches(args.batch_size, args.seed, 0, pairs=args.batches == "pairs")
     for images, labels, index in itertools.islice(plan, batches):
         rows = method.bank.draw(index, 0, 0) if method.bank else ()
         with meta.batch_statistics(method):
             terms = method.terms(images, labels, *rows)
-            features, _, logits = method.students(images)
+            features, z, logits = method.students(images)      # N x [L, B, d_a], [N, L, B, D], [N, L, B, C]
         parts = {"ce, own heads": losses.cross_entropy(logits[:, -1:], labels),
                  "ce, branches": losses.cross_entropy(logits[:, :-1], labels)}
         parts |= {name: weight * value for name, (weight, value) in terms.items() if weight is not None and name != "ce"}
@@ -59,15 +63,21 @@ def measure(args, dataset, method, batches):
         for name, g in gradients.items():
             cosine = torch.nn.functional.cosine_similarity(g, own, 0)
             sums[name] = sums.get(name, 0) + torch.stack([g.norm(), g.norm() / own.norm(), cosine]).detach()
+        B = len(labels)
+        cosines += ((z @ z.mT).sum((-1, -2)) - B).detach() / (B * (B - 1))                    # [N, L], rows are unit
         spreads.append(method.matching(features).detach())
     print("| term | norm | share | cosine |\n|---|---|---|---|")
     for name, values in sums.items():
         norm, share, cosine = (values / batches).tolist()
         print(f"| {name} | {norm:.3g} | {share:.2f} | {cosine:.2f} |")
+    print()
     matching = torch.cat(spreads, -1)                      # [N, L, N, L, samples]
     N = len(matching)
     pairs = torch.stack([matching[a, :, b] for a in range(N) for b in range(N) if a != b])       # [.., L, L, samples]
-    print(f"\nlambda: mean {pairs.mean():.3f}, standard deviation {pairs.mean(-1).std():.3f} over pairs of stages, "
+    for a, row in enumerate((cosines / batches).tolist(), start=1):
+        stages = " ".join(f"{x:.3f}" for x in row)
+        print(f"student {a}: mean cosine of two images' embeddings, stage by stage: {stages}")
+    print(f"lambda: mean {pairs.mean():.3f}, standard deviation {pairs.mean(-1).std():.3f} over pairs of stages, "
           f"{pairs.std(-1).mean():.3f} over samples")
 
 
