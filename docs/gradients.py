@@ -55,7 +55,7 @@ def measure(args, dataset, method, batches):
             features, z, logits = method.students(images)      # N x [L, B, d_a], [N, L, B, D], [N, L, B, C]
         parts = {"ce, own heads": losses.cross_entropy(logits[:, -1:], labels),
                  "ce, branches": losses.cross_entropy(logits[:, :-1], labels)}
-        parts |= {name: weight * value for name, (weight, value) in terms.items() if weight is not None and name != "ce"}
+        parts |= {name: weight * value for name, (weight, value) in terms.items() if weight and name != "ce"}
         parts["the sum"] = sum(parts.values())
         gradients = {name: torch.cat([g.flatten() for g in torch.autograd.grad(
             value, backbones, retain_graph=True, materialize_grads=True)]) for name, value in parts.items()}
