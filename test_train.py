@@ -6,6 +6,7 @@ import math
 import operator
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -121,6 +123,42 @@ def test_outputs(run, capsys, images):
         p = student(student.transform(Image.open(picture))[None]).softmax(-1)[0]
     train.main(["--predict", str(picture), "--checkpoint", "out/student_1_resnet8.pt", "--device", "cpu"])
     assert f"{picture}  {student.classes[p.argmax()]} {p.max():.2f}  " in capsys.readouterr().out
+
+
+def test_gradients_of_a_checkpoint(run, capsys):
+    """docs/gradients.py: the sum's row by a backward pass, the embeddings' cosines by a loop; the file stays as it is."""
+    run("--device", "cpu", epochs=1)
+    before, state = Path("out/last.pt").read_bytes(), experiment.load_checkpoint("out/last.pt")
+    program = runpy.run_path(str(HERE / "docs/gradients.py"))["main"]
+    capsys.readouterr()
+    program(["out/last.pt", "--batches", "1"])
+    printed = capsys.readouterr().out
+    args = options.parse("", flags(*[state["args"][k] for k in ("data_dir", "out_dir", "epochs")]))
+    args.device = torch.device("cpu")
+    dataset = train.load_data(args)
+    method = train.build(args, dataset).train()
+    method.load_state_dict(state["model"])
+    images, labels, _ = next(iter(dataset.train_batches(18, 0, 0)))
+    _, z, logits = method.students(images)
+    backbones = [p for student in method.cohort.students for p in student.backbone.parameters()]
+    norms = []
+    for loss in (sum(weight * value for weight, value in method.terms(images, labels).values() if weight is not None),
+                 sum(F.cross_entropy(student, labels) for student in logits[:, -1])):
+        method.zero_grad()
+        loss.backward(retain_graph=True)
+        norms.append(torch.cat([p.grad.flatten() for p in backbones if p.grad is not None]).norm().item())
+    row = next(line for line in printed.splitlines() if line.startswith("| the sum |"))
+    assert [float(x) for x in row.split("|")[2:4]] == pytest.approx([norms[0], norms[0] / norms[1]], rel=0.01)
+    for a in range(2):
+        cosine = [sum(F.cosine_similarity(rows[i], rows[j], 0) for i in range(18) for j in range(18) if i != j)
+                  / (18 * 17) for rows in z[a]]
+        row = next(line for line in printed.splitlines() if line.startswith(f"student {a + 1}: mean cosine"))
+        assert row.endswith(f"stage by stage: {cosine[0]:.3f} {cosine[1]:.3f}")
+    assert Path("out/last.pt").read_bytes() == before
+    run("--method", "mcl", out="mcl", epochs=1)
+    with pytest.raises(SystemExit):
+        program(["mcl/last.pt"])
+    assert "is of --method mcl: this wants lmcl" in capsys.readouterr().err
 
 
 def test_the_log_holds_means_over_the_epoch(run, monkeypatch):

@@ -24,11 +24,11 @@ import options
 import train
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="FILE", help="last.pt or best.pt of an lmcl run")
     parser.add_argument("--batches", type=int, default=10, help="of the training set (10)")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     given.device = torch.device("cpu")
     with experiment.one_line_errors("gradients.py", (devices.UserError, train.data.DataError), given):
         state = experiment.load_checkpoint(given.checkpoint)
