@@ -474,7 +474,9 @@ def pictures(paths: list[str]) -> Iterator[tuple[str, Tensor]]:
     """(name, uint8 [3, h, w]) of the files named and of all images in the folders named. Raises DataError."""
     for path in paths:
         within = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in ENDINGS)
-        for name in within if os.path.isdir(path) else [path]:
+        if os.path.isdir(path) and not within:
+            raise DataError(f"no image in {path}")
+        for name in within or [path]:
             with naming(name):
                 image = read_image(name)
             yield name, image

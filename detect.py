@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import io
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,9 +63,9 @@ COLORS = ["red", "lime", "blue", "orange", "purple", "cyan", "magenta", "yellow"
 def train(args, train_set, test_set, model, run):
     """One SGD step on every batch, evaluation after every epoch."""
     for epoch in range(run.epoch, args.epochs):
-        if 0 < args.max_steps <= run.total_steps:
+        if 0 < args.max_steps <= run.total_steps and not run.step:
             return
-        run.start_epoch(learning_rate(args, epoch, run.total_steps))
+        run.start_epoch(learning_rate(args, epoch, run.total_steps - 1))        # of the step before, as it was saved
         images = data.read_items(train_set.load, train_plan(args, train_set, run, epoch), args.workers)
         for batch in run.timed(zip(*[images] * (args.batch_size // run.processes.size), strict=True)):
             key = f"{args.seed},{run.total_steps},{run.processes.rank}"
@@ -74,9 +73,10 @@ def train(args, train_set, test_set, model, run):
             run.add(train_step(args, model, run, *zip(*batch, strict=True)), len(batch))
             run.means()                                    # ends a run that is not finite; each step waits anyway
             run.after_step()
-            if run.total_steps == args.max_steps and run.step < run.steps_per_epoch:
-                return run.end_early(*scored(args, test_set, model, run))
-        run.end_epoch(*scored(args, test_set, model, run))
+        line, score = scored(args, test_set, model, run)
+        if run.step < run.steps_per_epoch:                 # --max-steps
+            return run.end_early(line, score)
+        run.end_epoch(line, score)
 
 
 def train_step(args, model, run, images, targets):
@@ -94,7 +94,7 @@ def train_step(args, model, run, images, targets):
     statistics = [s for m in norms for s in (m.running_mean, m.running_var)]
     (group,) = run.optimizers[0].param_groups
     run.processes.average_in_place([*(p.grad for p in group["params"]), *statistics, *shown.values()])
-    group["lr"] = run.lr = learning_rate(args, run.epoch, run.total_steps)
+    group["lr"] = learning_rate(args, run.epoch, run.total_steps)
     run.optimizers[0].step()
     return shown
 
@@ -141,7 +141,7 @@ class Pictures:
 
 
 def train_plan(args, pictures, run, epoch):
-    """This process's part of the epoch, from run.step on: (id, flip) of each image, a function of (seed, epoch).
+    """This process's part of the steps that are left in the epoch: (id, flip) of each image, of (seed, epoch) alone.
 
     A batch holds one orientation; one batch an epoch may hold both. The images that fill no batch are others each time.
     """
@@ -153,25 +153,28 @@ def train_plan(args, pictures, run, epoch):
     index = index[torch.randperm(steps, generator=generator)]
     flip = torch.rand(index.shape, generator=generator) < 0.5                                # [steps, B]
     rank, size = run.processes.part
-    index, flip = (x[run.step:, rank::size].flatten().tolist() for x in (index, flip))
+    left = slice(run.step, run.step + run.steps_left)
+    index, flip = (x[left, rank::size].flatten().tolist() for x in (index, flip))
     return [(pictures.ids[i], f) for i, f in zip(index, flip, strict=True)]
 
 
-def load_data(name, folder, known=None):
-    """The training and the test Pictures. known: the classes of a checkpoint. Raises DataError."""
-    folder, year = Path(folder or "data"), "2017" if name == "coco" else ""
-    train_set, test_set = pennfudan(folder) if name == "pennfudan" else [
-        annotated(folder / f"{part}{year}", folder / f"annotations/instances_{part}{year}.json")
-        for part in ("train", "val")]
-    for what, classes in (("the training set", train_set.classes), ("the checkpoint", known or test_set.classes)):
+def load_data(name, folder, known=None, splits=("train", "val")):
+    """The Pictures of each split. known: the classes of a checkpoint. Raises DataError."""
+    folder, year = Path(folder or "data").expanduser(), "2017" if name == "coco" else ""
+    *train_sets, test_set = (
+        pennfudan(folder, split) if name == "pennfudan" else
+        annotated(folder / f"{split}{year}", folder / f"annotations/instances_{split}{year}.json") for split in splits)
+    all_classes = [("the training set", pictures.classes) for pictures in train_sets]
+    for what, classes in [*all_classes, ("the checkpoint", known or test_set.classes)]:
         if classes != test_set.classes:
             raise DataError(f"{what} has other classes ({shorten(classes)}) than the test set in {folder} "
                             f"({shorten(test_set.classes)})")
-    objects = train_set.index.imgToAnns                    # as torchvision's references: with a box above a pixel
-    train_set.ids = [i for i in train_set.ids if any(min(a["bbox"][2:]) > 1 for a in objects[i])]
-    if not train_set.ids or all(a["iscrowd"] for a in test_set.index.anns.values()):
+    for pictures in train_sets:                            # as torchvision's references: with a box above a pixel
+        objects = pictures.index.imgToAnns
+        pictures.ids = [i for i in pictures.ids if any(min(a["bbox"][2:]) > 1 for a in objects[i])]
+    if not all(p.ids for p in train_sets) or all(a["iscrowd"] for a in test_set.index.anns.values()):
         raise DataError(f"no training image, or no test image, in {folder} has an object with a mask")
-    return train_set, test_set
+    return *train_sets, test_set
 
 
 def annotated(folder, source, content=None):
@@ -195,24 +198,25 @@ def annotated(folder, source, content=None):
     return Pictures(folder, index, ids, [names[c] for c in sorted(names)])
 
 
-def pennfudan(folder):
+def pennfudan(folder, split):
     """Penn-Fudan's masks of instance numbers, brought into COCO's form; every fifth image is for testing."""
     paths = sorted(p for name in ("images", "PNGImages") for p in (folder / name).glob("*.[jp][pn]g"))
     if not paths:
         raise DataError(f"--data-dir {folder} holds neither images/ and masks/ nor PNGImages/ and PedMasks/")
-    parts = [dict(images=[], annotations=[], categories=[dict(id=1, name="person")]) for _ in range(2)]
+    part = dict(images=[], annotations=[], categories=[dict(id=1, name="person")])
     for number, path in enumerate(paths):
+        if (number % 5 == 4) != (split == "val"):
+            continue
         original = path.parent.name == "PNGImages"         # the names in the archive
         mask = folder / (f"PedMasks/{path.stem}_mask.png" if original else f"masks/{path.stem}.png")
         with data.naming(mask), Image.open(mask) as image:
             numbers = np.array(image)                      # [H, W], 0 is background
-        part = parts[number % 5 == 4]
         part["images"].append(dict(id=number, file_name=path.name, height=numbers.shape[0], width=numbers.shape[1]))
         for k in np.unique(numbers[numbers > 0]):
             rle = coco_mask.encode(np.asfortranarray(numbers == k, np.uint8))
             part["annotations"].append(dict(image_id=number, category_id=1, segmentation=rle,
                                             area=float(coco_mask.area(rle)), bbox=coco_mask.toBbox(rle).tolist()))
-    return [annotated(paths[0].parent, folder, part) for part in parts]
+    return annotated(paths[0].parent, folder, part)
 
 
 # ---------------------------------------------------------------- the detector
@@ -315,11 +319,9 @@ def scored(args, test_set, model, run):
     run.stop_clock()
     run.show_progress("evaluation", every=0)
     scores = evaluate(args, test_set, model, run.processes)
-    line = run.line(lr=run.lr, **scores)
+    line = run.line(lr=learning_rate(args, run.epoch, run.total_steps - 1), **scores)         # of the last step
     if run.is_main:
-        if sys.stderr.isatty():
-            experiment.show_line("")
-        say(f"epoch {line['epoch']:3d}  step {line['step']}  lr {run.lr:.5f}  loss {line['loss']:.3f}  "
+        say(f"epoch {line['epoch']:3d}  step {line['step']}  lr {line['lr']:.5f}  loss {line['loss']:.3f}  "
             f"{words(scores)}  {line['images_per_second']:.1f} images/s")
         write(run.out / "detections.png", png(comparison(test_set, model, args.device)))
     return line, (scores["box_ap"] + scores["mask_ap"]) / 2
@@ -373,13 +375,21 @@ def use_checkpoint(args):
     model = build(saved, state["classes"], state["mean"], state["std"])
     model.load_state_dict(state["model"])
     if args.evaluate:
-        _, pictures = load_data(args.dataset or saved.dataset, args.data_dir or saved.data_dir, state["classes"])
+        where = args.dataset or saved.dataset, args.data_dir or saved.data_dir
+        (pictures,) = load_data(*where, state["classes"], splits=["val"])
         return say(words(evaluate(saved, pictures, model, devices.Processes({}))))
+    folder, stems = Path(args.out_dir or Path(path).parent).expanduser(), []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --out-dir {folder} ({error.strerror}): give another one") from None
     for name, image in data.pictures(args.predict):
         found = detect(model, image, args.device)
         pairs = zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)
         shown = [f"{state['classes'][label - 1]} {score:.2f}" for label, score in pairs if score >= SHOWN]
-        drawn = Path(args.out_dir or Path(path).parent) / f"{Path(name).stem}_detections.png"
+        stems.append(stem := Path(name).stem)
+        again = f"_{stems.count(stem)}" * (stems.count(stem) > 1)          # of another folder, or another suffix
+        drawn = folder / f"{stem}{again}_detections.png"
         write(drawn, png(draw(image, found, state["classes"])))
         say(f"{name}  {shorten(shown) or 'nothing'}; drawn in {drawn}")
 
@@ -490,7 +500,8 @@ def start(args, processes):
                 f"steps      {args.epochs} epochs of {steps} steps of {args.batch_size}; drops at {args.milestones}\n"
                 f"output     {out}" + (f", going on after step {run.total_steps:,}" if run.total_steps else ""))
         run.write_log()
-        train(args, train_set, test_set, model, run)
+        with run.saving_on(DataError):
+            train(args, train_set, test_set, model, run)
         if run.is_main:
             say(f"ended      {run.total_steps:,} steps, best epoch {run.best_epoch} (mean of box and mask AP "
                 f"{run.best:.2f}); next: --evaluate {out}/best.pt, or --predict IMAGE --checkpoint {out}/best.pt")

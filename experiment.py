@@ -6,6 +6,7 @@ loaded with weights_only=True: no pickled code of whoever wrote the file is ever
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -23,11 +24,6 @@ import torch
 from PIL import Image
 
 from devices import UserError, device_name
-
-try:
-    import fcntl
-except ImportError:                                        # Windows: an --out-dir is not locked there
-    fcntl = None
 
 DIGEST = hashlib.sha256().digest_size
 CHECKPOINT_FORMAT = 2
@@ -127,12 +123,11 @@ def link(path, name):
 
 def sync_folder(folder):
     """After a power cut a new name is there only if its folder was written too."""
-    if os.name == "posix":
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def torch_bytes(state):
@@ -218,20 +213,19 @@ class OutDir:
             self.lock = open(self / ".lock", "a+")         # held until the process ends
         except OSError as error:
             raise UserError(f"cannot make --out-dir {self} ({error.strerror}): give another one") from None
-        if fcntl:
-            try:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)   # not flock: worker processes would inherit it
-            except (BlockingIOError, PermissionError):
-                self.lock.seek(0)
-                raise UserError(f"--out-dir {self} is in use by process {self.lock.read().strip() or 'unknown'}: "
-                                "wait for its end, or give another one") from None
-            except OSError:
-                pass                                       # a file system without locks
-            if self.last_written() != self.seen:           # a run has ended between find_checkpoint and the lock
-                raise UserError(f"another process has just written {self / 'last.pt'}: start again with --resume")
-            self.lock.truncate(0)
-            self.lock.write(f"{os.getpid()}\n")
-            self.lock.flush()
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)       # not flock: worker processes would inherit it
+        except (BlockingIOError, PermissionError):
+            self.lock.seek(0)
+            raise UserError(f"--out-dir {self} is in use by process {self.lock.read().strip() or 'unknown'}: "
+                            "wait for its end, or give another one") from None
+        except OSError:
+            pass                                           # a file system without locks
+        if self.last_written() != self.seen:               # a run has ended between find_checkpoint and the lock
+            raise UserError(f"another process has just written {self / 'last.pt'}: start again with --resume")
+        self.lock.truncate(0)
+        self.lock.write(f"{os.getpid()}\n")
+        self.lock.flush()
 
 
 # ---------------------------------------------------------------- signals
@@ -258,7 +252,8 @@ class Signals:
             signal.signal(s, signal.SIG_DFL)
         if number == signal.SIGINT and self.is_main:
             with contextlib.suppress(OSError):
-                os.write(2, f"\n{self.program}: stopping after this step (Ctrl-C again: at once)\n".encode())
+                again = " (Ctrl-C again: at once)" if self.once else ""
+                os.write(2, f"\n{self.program}: stopping after this step{again}\n".encode())
 
     def __exit__(self, *_):
         for s, handler in self.before.items():
@@ -282,6 +277,7 @@ class Run:
         self.steps_per_epoch, self.images_per_epoch = steps_per_epoch, images
         self.processes, self.signals = processes, signals
         self.is_main = processes.rank == 0                 # process 0 alone prints, writes and draws
+        self.board = board_writer() if getattr(args, "tensorboard", False) else None
         graphs = getattr(args, "cuda_graph", False)        # what the steps read: a tensor where a graph reads it
         self.lr = torch.tensor(args.lr, device=args.device) if graphs else args.lr
         self.epoch = self.step = self.total_steps = 0      # the next epoch, the next step in it, steps done in all
@@ -306,6 +302,12 @@ class Run:
             if isinstance(optimizer, torch.optim.SGD):
                 for group in optimizer.param_groups:
                     group["lr"] = self.lr
+
+    @property
+    def steps_left(self):
+        """Steps until the epoch ends or --max-steps are done."""
+        left = self.steps_per_epoch - self.step
+        return min(left, max(0, self.args.max_steps - self.total_steps)) if self.args.max_steps else left
 
     def timed(self, batches):
         """The same batches; the time that the loop waits for them is counted as data_seconds."""
@@ -355,6 +357,16 @@ class Run:
             cause = self.signals.name or "another process was stopped"
             raise Interrupted(f"{cause}: saved {self.out / 'last.pt'} after step {self.total_steps}; "
                               "the same command with --resume goes on" if self.is_main else "")
+
+    @contextlib.contextmanager
+    def saving_on(self, error):
+        """An image that cannot be read ends the run; what is trained is kept. Under torchrun other processes go on."""
+        try:
+            yield
+        except error:
+            if self.step and self.processes.size == 1:
+                self.save("last.pt")
+            raise
 
     def stop_clock(self):
         """Training time is counted without evaluation and saving; the host waits for the device first."""
@@ -420,9 +432,9 @@ class Run:
 
     def to_tensorboard(self, line, picture=None):
         """--tensorboard: the line's numbers, and a picture (PNG, bytes) if there is one."""
-        if not self.args.tensorboard:
+        if not self.board:
             return
-        with open_board(self.out.path, line["epoch"]) as board:
+        with self.board(self.out.path, purge_step=line["epoch"]) as board:     # a run that was resumed writes it again
             for name, value in line.items():
                 for a, v in enumerate(value if isinstance(value, list) else [value], start=1):
                     board.add_scalar(f"{name}/{a}" if isinstance(value, list) else name, v, line["epoch"])
@@ -469,13 +481,13 @@ def show_line(text):
         print("\r\033[K" + text[:shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
 
 
-def open_board(folder, epoch):
-    """A writer of TensorBoard's files that replaces what a run that was resumed wrote of this epoch and later ones."""
+def board_writer():
+    """The class that writes TensorBoard's files."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard wants a package that is not here: pip install tensorboard") from None
-    return SummaryWriter(folder, purge_step=epoch)
+    return SummaryWriter
 
 
 def shorten(names, most=6):

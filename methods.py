@@ -24,10 +24,14 @@ class Independent(nn.Module):
     second_every, second_name = 0, ""                      # second_step after every so many steps; 0: never
 
     def __init__(self, args, num_classes, train_labels=None):
-        """args: the options. train_labels: int64 [n], for a memory bank; without them there is none."""
+        """args: the options. train_labels: int64 [n], for a memory bank; without them there is none.
+
+        Raises ValueError where a student's parts do not fit.
+        """
         super().__init__()
         self.args, self.gather = args, None                # gather: set where several processes train
         cohort = models.Cohort(args.arch, num_classes, branches=self.branches)
+        cohort.check(args.image_size)
         self.students = models.EmbeddedCohort(cohort) if self.embeddings else cohort
         self.bank = None
 

@@ -25,7 +25,6 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import re
-import sys
 import traceback
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -322,7 +321,6 @@ def architecture(name):
 
 def load_model_file(path):
     """Run a Python file that adds to models.ARCHITECTURES. Raises ValueError for anything wrong in it."""
-    sys.modules["models"] = sys.modules[__name__]                         # what its `import models` finds
     loader = importlib.machinery.SourceFileLoader("model_file", str(path))
     try:
         loader.exec_module(importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader)))

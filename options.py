@@ -34,10 +34,10 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"argument {flag}: must be {rule}")
 
 
-def running(p, device="cpu, cuda or cuda:1; auto takes CUDA if it is there (auto)"):
+def running(p):
     """The options that train.py and detect.py share."""
     g = p.add_argument_group("running")
-    g.add_argument("--device", default="auto", help=device)
+    g.add_argument("--device", default="auto", help="cpu, cuda or cuda:1; auto takes CUDA if it is there (auto)")
     g.add_argument("--out-dir", metavar="DIR", help="log, checkpoints, exported files (out/ and what differs from "
                    "the defaults)")
     g.add_argument("--resume", action="store_true", help="go on from last.pt in --out-dir")

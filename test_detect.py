@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -76,6 +77,7 @@ def own(tmp_path_factory):
 def run(own, tmp_path, monkeypatch):
     """Run detect.py in this process and an empty folder; returns its log."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
 
     def run(*more, out="out"):
         trains = "--evaluate" not in more and "--predict" not in more
@@ -171,15 +173,15 @@ def test_plan():
     images = {10 * i: dict(width=2 + i % 3, height=3) for i in range(23)}
     pictures = detect.Pictures(Path(), Namespace(imgs=images), list(images), [])
 
-    def plan(epoch=0, step=0, part=(0, 1)):
-        run = Namespace(step=step, steps_per_epoch=5, processes=Namespace(part=part))
+    def plan(epoch=0, step=0, left=5, part=(0, 1)):
+        run = Namespace(step=step, steps_per_epoch=5, steps_left=left, processes=Namespace(part=part))
         items = detect.train_plan(Namespace(seed=1, batch_size=4), pictures, run, epoch)
         return list(zip(*[iter(items)] * (4 // part[1]), strict=True))
 
     ids = [[i for i, _ in batch] for batch in plan()]
     assert len(ids) == 5 and len({i for b in ids for i in b}) == 20
     assert sum(len({images[i]["width"] > 3 for i in b}) > 1 for b in ids) <= 1
-    assert plan(step=2) == plan()[2:] and plan(epoch=1) != plan()
+    assert plan(step=2) == plan()[2:] and plan(step=1, left=3) == plan()[1:4] and plan(epoch=1) != plan()
     assert {flip for batch in plan() for _, flip in batch} == {True, False}
     halves = zip(plan(part=(0, 2)), plan(part=(1, 2)), strict=True)
     assert [sorted(a + b) for a, b in halves] == [sorted(batch) for batch in plan()]
@@ -323,18 +325,21 @@ def test_bfloat16(own):
 # ---------------------------------------------------------------- runs
 
 def test_resume_evaluate_predict(run, own, capsys, monkeypatch):
-    """Stopped inside epochs by --max-steps, then by a signal, and resumed: bit for bit as if not stopped."""
-    log = run(out="whole")
+    """Stopped inside an epoch by --max-steps, then after its last step by a signal, and resumed, all while the rate
+    warms up: bit for bit as if not stopped."""
+    log = run("--warmup", 9, out="whole")
     assert [line["step"] for line in log[1:]] == [2, 4] and {"loss", "loss_mask", *detect.SCORES} <= log[-1].keys()
-    run("--max-steps", 1, out="parts")
+    run("--warmup", 9, "--max-steps", 1, out="parts")
+    run("--warmup", 9, "--max-steps", 1, "--resume", out="parts")         # again: nothing is lost
+    assert read_log("parts")[-1]["step"] == 1 and Path("parts/best.pt").exists()
     step = detect.train_step
     monkeypatch.setattr(detect, "train_step", lambda args, model, run, *batch: (
-        signal.raise_signal(signal.SIGTERM) if run.total_steps == 2 else None, step(args, model, run, *batch))[1])
+        signal.raise_signal(signal.SIGTERM) if run.total_steps == 1 else None, step(args, model, run, *batch))[1])
     with pytest.raises(SystemExit) as end:
-        run("--resume", out="parts")
-    assert end.value.code == 1 and "SIGTERM: saved parts/last.pt after step 3" in capsys.readouterr().err
+        run("--warmup", 9, "--resume", out="parts")
+    assert end.value.code == 1 and "SIGTERM: saved parts/last.pt after step 2" in capsys.readouterr().err
     monkeypatch.setattr(detect, "train_step", step)
-    run("--resume", out="parts")
+    run("--warmup", 9, "--resume", out="parts")
     (Path("whole") / "previous.pt").unlink()               # of another moment
     (Path("parts") / "previous.pt").unlink()
     assert_same("whole", "parts")
@@ -343,12 +348,20 @@ def test_resume_evaluate_predict(run, own, capsys, monkeypatch):
     run("--evaluate", "whole/last.pt", "--device", "cpu", "--workers", "0", out="whole")
     printed = capsys.readouterr().out
     assert printed == detect.words({k: log[-1][k] for k in detect.SCORES}) + "\n"
+    for name in ("val", "annotations"):
+        shutil.copytree(own / name, Path("other", name))
+    Path("other/annotations/instances_train.json").unlink()               # evaluation does without a training set
+    run("--evaluate", "whole/last.pt", "--device", "cpu", "--workers", "0", "--data-dir", "~/other", out="whole")
+    assert capsys.readouterr().out == printed
     monkeypatch.setattr(detect, "SHOWN", 0.0)
     picture = own / "val" / "0.png"
     run("--predict", str(picture), "--checkpoint", "whole/best.pt", "--device", "cpu", out="whole")
     assert f"{picture}  " in capsys.readouterr().out
     drawn = np.asarray(Image.open("whole/0_detections.png"))[:64, :48]
     assert drawn.shape == (64, 48, 3) and (drawn != np.asarray(Image.open(picture))).any()
+    run("--predict", str(picture), str(own / "train" / "0.png"), "--checkpoint", "whole/best.pt", "--device", "cpu",
+        "--out-dir", "new/folder", out="whole")
+    assert {p.name for p in Path("new/folder").iterdir()} == {"0_detections.png", "0_2_detections.png"}
     assert Image.open("whole/detections.png").size == (2 * 64, 64 + 48 + 64 + 3 * 4)
 
 

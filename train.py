@@ -24,6 +24,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 
 import torch
@@ -45,7 +46,7 @@ def train(args, dataset, method, run):
     """The ordinary step on every batch, the method's second step on every n-th, evaluation after every epoch."""
     ordinary_step, second_step = steps(args, dataset, method, run)
     for epoch in range(run.epoch, args.epochs):
-        if 0 < args.max_steps <= run.total_steps:
+        if 0 < args.max_steps <= run.total_steps and not run.step:
             return
         run.start_epoch(learning_rate(args, epoch))
         for images, labels, index in run.timed(train_batches(args, dataset, run, epoch)):
@@ -57,9 +58,9 @@ def train(args, dataset, method, run):
                 run.show_progress(method.second_name)
                 second_step(images, labels, *rows)          # L-MCL: the meta step
             run.after_step()
-            if run.total_steps == args.max_steps and run.step < run.steps_per_epoch:
-                return run.end_early(*evaluate_epoch(args, dataset, method, run))
         line, score = evaluate_epoch(args, dataset, method, run)
+        if run.step < run.steps_per_epoch:                  # --max-steps
+            return run.end_early(line, score)
         method.end_epoch()
         run.end_epoch(line, score)
 
@@ -118,12 +119,7 @@ def learning_rate(args, epoch):
 def train_batches(args, dataset, run, epoch):
     batches = dataset.train_batches(args.batch_size, args.seed, epoch, run.step, pairs=args.batches == "pairs",
                                     part=run.processes.part)
-    try:
-        yield from batches
-    except data.DataError:                                 # an image that cannot be read: what is trained is kept
-        if run.processes.size == 1 and run.total_steps:
-            run.save("last.pt")
-        raise
+    return itertools.islice(batches, run.steps_left)
 
 
 def seed_dropout(seed, step, rank):
@@ -236,8 +232,7 @@ def load_data(args, image_size=None):
 def build(args, dataset):
     """The method's networks on the device, drawn from the seed: the same initial backbones for every method."""
     torch.manual_seed(args.seed)
-    method = METHODS[args.method](args, len(dataset.classes), dataset.train_labels)
-    as_user_error(method.cohort.check, args.image_size)
+    method = as_user_error(METHODS[args.method], args, len(dataset.classes), dataset.train_labels)
     if args.weights:
         for student, name, path in zip(method.cohort.students, args.arch, args.weights, strict=True):
             dataset.notes.append(f"weights {path}: " + as_user_error(models.load_weights, student.backbone, name, path))
@@ -334,10 +329,11 @@ def main(argv=None):
                 found.clear()                              # its tensors are not needed twice
             if run.is_main and args.resume:
                 over = run.epoch >= args.epochs or 0 < args.max_steps <= run.total_steps
-                say(f"resuming   {out / 'last.pt'}, {run.total_steps:,} steps done" + "; nothing is left to do" * over
+                say(f"resuming   {out / 'last.pt'}, {run.total_steps:,} steps done" + "; no step is left to do" * over
                     if run.total_steps else f"resuming   no {out / 'last.pt'}: starting afresh")
             run.write_log()
-            train(args, dataset, method, run)
+            with run.saving_on(data.DataError):
+                train(args, dataset, method, run)
             if run.is_main:
                 for a, (name, student) in enumerate(zip(args.arch, method.cohort.students, strict=True), start=1):
                     content = experiment.torch_bytes(student_content(student.backbone, name, metadata))
