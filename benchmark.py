@@ -9,9 +9,13 @@ memory so far: the parts run in order, so a part's memory is its own only if it 
 import argparse
 import itertools
 import json
-import resource
 import sys
 import time
+
+try:
+    import resource
+except ImportError:                                        # Windows: no peak memory of the CPU
+    resource = None
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,6 +55,8 @@ def peak_memory(args):
     """Bytes: the allocator's on CUDA (graphs keep pools of their own), the process's on the CPU."""
     if args.device.type == "cuda":
         return (torch.cuda.max_memory_reserved if args.cuda_graph else torch.cuda.max_memory_allocated)(args.device)
+    if resource is None:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

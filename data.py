@@ -410,11 +410,12 @@ def read_items(load: Callable, batches: list, workers: int, pin_memory: bool = F
     """load(batch) of each batch in order, by `workers` processes (0: by this one). Raises DataError, as load may."""
     loader = DataLoader(batches, batch_size=None, collate_fn=functools.partial(attempt, load), num_workers=workers,
                         pin_memory=pin_memory, worker_init_fn=leave_group, generator=torch.Generator())  # its own
-    handler = signal.getsignal(signal.SIGCHLD)
+    child = getattr(signal, "SIGCHLD", None)  # Windows has none, nor process groups
+    handler = child and signal.getsignal(child)
     try:
         items = iter(loader)
-        with suppress(ValueError):  # outside the main thread no handler is set
-            signal.signal(signal.SIGCHLD, handler)  # torch's would raise in the middle of a step; next() does too
+        with suppress(ValueError, TypeError):  # outside the main thread no handler is set, without SIGCHLD none is there
+            signal.signal(child, handler)  # torch's would raise in the middle of a step; next() does too
         for item in items:
             if isinstance(item, DataError):
                 raise item
@@ -437,7 +438,8 @@ def attempt(load: Callable, batch):
 
 def leave_group(worker: int) -> None:
     """Ctrl-C and torchrun's SIGTERM go to the program's process group, which needs its workers for its last step."""
-    os.setpgid(0, 0)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # SIGTERM must end a worker: the program's exit waits for that
 
 

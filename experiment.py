@@ -6,7 +6,6 @@ loaded with weights_only=True: no pickled code of whoever wrote the file is ever
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -24,6 +23,11 @@ import torch
 from PIL import Image
 
 from devices import UserError, device_name
+
+try:
+    import fcntl
+except ImportError:                                        # Windows: an --out-dir is not locked there
+    fcntl = None
 
 DIGEST = hashlib.sha256().digest_size
 CHECKPOINT_FORMAT = 2
@@ -123,11 +127,12 @@ def link(path, name):
 
 def sync_folder(folder):
     """After a power cut a new name is there only if its folder was written too."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    if os.name == "posix":
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def torch_bytes(state):
@@ -213,19 +218,20 @@ class OutDir:
             self.lock = open(self / ".lock", "a+")         # held until the process ends
         except OSError as error:
             raise UserError(f"cannot make --out-dir {self} ({error.strerror}): give another one") from None
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)       # not flock: worker processes would inherit it
-        except (BlockingIOError, PermissionError):
-            self.lock.seek(0)
-            raise UserError(f"--out-dir {self} is in use by process {self.lock.read().strip() or 'unknown'}: "
-                            "wait for its end, or give another one") from None
-        except OSError:
-            pass                                           # a file system without locks
-        if self.last_written() != self.seen:               # a run has ended between find_checkpoint and the lock
-            raise UserError(f"another process has just written {self / 'last.pt'}: start again with --resume")
-        self.lock.truncate(0)
-        self.lock.write(f"{os.getpid()}\n")
-        self.lock.flush()
+        if fcntl:
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)   # not flock: worker processes would inherit it
+            except (BlockingIOError, PermissionError):
+                self.lock.seek(0)
+                raise UserError(f"--out-dir {self} is in use by process {self.lock.read().strip() or 'unknown'}: "
+                                "wait for its end, or give another one") from None
+            except OSError:
+                pass                                       # a file system without locks
+            if self.last_written() != self.seen:           # a run has ended between find_checkpoint and the lock
+                raise UserError(f"another process has just written {self / 'last.pt'}: start again with --resume")
+            self.lock.truncate(0)
+            self.lock.write(f"{os.getpid()}\n")
+            self.lock.flush()
 
 
 # ---------------------------------------------------------------- signals
