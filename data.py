@@ -475,7 +475,8 @@ def read_image(path: str) -> Tensor:
 def pictures(paths: list[str]) -> Iterator[tuple[str, Tensor]]:
     """(name, uint8 [3, h, w]) of the files named and of all images in the folders named. Raises DataError."""
     for path in paths:
-        within = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in ENDINGS)
+        within = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in ENDINGS and p.is_file()
+                        and not p.name.startswith("."))
         if os.path.isdir(path) and not within:
             raise DataError(f"no image in {path}")
         for name in within or [path]:

@@ -58,6 +58,8 @@ def warn(text):
 @contextlib.contextmanager
 def one_line_errors(program, errors, args):
     """What the user can mend ends in one line and status 1: `errors`, too little memory, Ctrl-C."""
+    with contextlib.suppress(AttributeError):              # a name that the terminal cannot show; tests replace stdout
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except Interrupted as end:
@@ -159,6 +161,8 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"{path} is damaged, or no checkpoint of this program")
     try:
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:                             # torch names no class for files that it does not understand
         reason = (str(error) or repr(error)).splitlines()[0][:60]
         raise UserError(f"{path} is no checkpoint of this program ({reason})") from None
@@ -465,11 +469,16 @@ class Run:
             state = dict(format=CHECKPOINT_FORMAT, args={**vars(self.args), "device": str(self.args.device)},
                          processes=self.processes.size, model=self.model.state_dict(),
                          optimizers=[o.state_dict() for o in self.optimizers], **self.metadata,
-                         **{k: getattr(self, k) for k in self.PROGRESS})
+                         images_per_epoch=self.images_per_epoch, **{k: getattr(self, k) for k in self.PROGRESS})
             save_checkpoint(self.out / name, state, keep=self.out / "previous.pt" if name == "last.pt" else None)
         self.saved = self.clock = time.perf_counter()
 
     def load(self, state):
+        """Go on from a checkpoint. Raises UserError if it was made on another number of training images."""
+        had = state.get("images_per_epoch", self.images_per_epoch)
+        if had != self.images_per_epoch:
+            raise UserError(f"{self.out / 'last.pt'} was made on {had:,} training images, and there are "
+                            f"{self.images_per_epoch:,}: give the same ones, or another --out-dir")
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

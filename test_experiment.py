@@ -74,6 +74,16 @@ def test_checkpoints_come_back_bit_for_bit_or_are_refused(example, tmp_path):
     assert seen == ["truncation"] * 50 + ["flip"] * 50
 
 
+def test_too_little_memory_is_not_called_a_bad_checkpoint(tmp_path, monkeypatch):
+    """Its file is good: the advice to take the one before it would lose it."""
+    experiment.save_checkpoint(tmp_path / "last.pt", dict(format=experiment.CHECKPOINT_FORMAT, args={}))
+    def load(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(torch.OutOfMemoryError):
+        experiment.load_checkpoint(tmp_path / "last.pt")
+
+
 @pytest.mark.parametrize("content", [b"", b"\x80", b".", b"N.", b"PK\x03\x04", b"junk" * 99], ids=repr)
 def test_foreign_files_are_refused_even_with_a_right_digest(content, tmp_path):
     assert_refused(tmp_path / "x.pt", content)

@@ -162,7 +162,10 @@ def test_gradients_of_a_checkpoint(run, capsys):
     run("--method", "mcl", out="mcl", epochs=1)
     with pytest.raises(SystemExit):
         program(["mcl/last.pt"])
-    assert "is of --method mcl: this wants lmcl" in capsys.readouterr().err
+    assert "no checkpoint of lmcl" in capsys.readouterr().err
+    program(["out/last.pt"])                               # ten batches, of which there are three
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| ce, own heads |"))
+    assert row.endswith("| 1.00 | 1.00 |")
 
 
 def test_the_log_holds_means_over_the_epoch(run, monkeypatch):
@@ -298,6 +301,25 @@ def test_max_steps_logs_the_unfinished_epoch(run):
     run("--max-steps", 4, "--resume", epochs=9)
     after = results("out")
     assert before.keys() == after.keys() and {k for k in after if after[k] != before[k]} <= {"previous.pt"}
+
+
+@pytest.mark.parametrize("more", [[], ["--contrast", "bank", "--negatives", "16"]])
+def test_resuming_on_other_images_is_refused(run, images, capsys, more):
+    shutil.copytree(images, "mine")
+    run(*more, "--data-dir", "mine", epochs=2)
+    before = Path("out/last.pt").read_bytes()
+    for path in Path("mine/train").glob("*/8.png"):
+        path.unlink()
+    with pytest.raises(SystemExit):
+        run(*more, "--data-dir", "mine", "--resume", epochs=2)
+    error = capsys.readouterr().err
+    assert "was made on 54 training images, and there are 48" in error and error.count("\n") == 1
+    assert Path("out/last.pt").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_program_is_refused(fails):
+    experiment.save_checkpoint(Path("other.pt"), dict(format=experiment.CHECKPOINT_FORMAT, args=dict(arch="resnet18")))
+    fails(["--evaluate", "other.pt"], "other.pt is no checkpoint of train.py")
 
 
 def test_what_resuming_says(run, capsys):

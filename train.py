@@ -205,6 +205,8 @@ def trained_students(path, args):
     if models.is_student_file(content):
         return [as_user_error(models.load_student, content).to(args.device)], options.parse("", [])
     state = experiment.load_checkpoint(path)
+    if "method" not in state["args"]:
+        raise UserError(f"{path} is no checkpoint of train.py")
     saved = argparse.Namespace(**state["args"])
     if saved.model_file and not args.model_file:
         as_user_error(models.load_model_file, saved.model_file)

@@ -29,12 +29,14 @@ def main(argv=None):
     parser.add_argument("checkpoint", metavar="FILE", help="last.pt or best.pt of an lmcl run")
     parser.add_argument("--batches", type=int, default=10, help="of the training set (10)")
     given = parser.parse_args(argv)
+    if given.batches < 1:
+        parser.error("argument --batches: must be at least 1")
     given.device = torch.device("cpu")
     with experiment.one_line_errors("gradients.py", (devices.UserError, train.data.DataError), given):
         state = experiment.load_checkpoint(given.checkpoint)
         args = argparse.Namespace(**{**vars(options.parse("", [])), **state["args"]})
-        if args.method != "lmcl":
-            raise devices.UserError(f"{given.checkpoint} is of --method {args.method}: this wants lmcl")
+        if state["args"].get("method") != "lmcl" or len(args.arch) < 2:
+            raise devices.UserError(f"{given.checkpoint} is no checkpoint of lmcl with two students or more")
         args.device, args.weights = given.device, None     # the checkpoint has its own
         if args.model_file:
             train.as_user_error(train.models.load_model_file, args.model_file)
@@ -67,14 +69,15 @@ def measure(args, dataset, method, batches):
         cosines += ((z @ z.mT).sum((-1, -2)) - B).detach() / (B * (B - 1))                    # [N, L], rows are unit
         spreads.append(method.matching(features).detach())
     print("| term | norm | share | cosine |\n|---|---|---|---|")
+    n = len(spreads)                                       # an epoch may have fewer
     for name, values in sums.items():
-        norm, share, cosine = (values / batches).tolist()
+        norm, share, cosine = (values / n).tolist()
         print(f"| {name} | {norm:.3g} | {share:.2f} | {cosine:.2f} |")
     print()
     matching = torch.cat(spreads, -1)                      # [N, L, N, L, samples]
     N = len(matching)
     pairs = torch.stack([matching[a, :, b] for a in range(N) for b in range(N) if a != b])       # [.., L, L, samples]
-    for a, row in enumerate((cosines / batches).tolist(), start=1):
+    for a, row in enumerate((cosines / n).tolist(), start=1):
         stages = " ".join(f"{x:.3f}" for x in row)
         print(f"student {a}: mean cosine of two images' embeddings, stage by stage: {stages}")
     print(f"lambda: mean {pairs.mean():.3f}, standard deviation {pairs.mean(-1).std():.3f} over pairs of stages, "
