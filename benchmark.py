@@ -38,7 +38,7 @@ class CountOperations(TorchDispatchMode):
 
 
 def clock(function, n, skip, args):
-    """Milliseconds of n calls after `skip` others, operations of one more call, peak memory in MiB."""
+    """Milliseconds of n calls after `skip` others: median, least, most; and the peak memory so far in MiB."""
     times = []
     for _ in range(skip + n):
         start = time.perf_counter()
@@ -98,6 +98,9 @@ def main(argv=None):
     with experiment.one_line_errors("benchmark.py", (devices.UserError, data.DataError), args):
         processes = devices.Processes({})
         args.device = devices.pick_device(args.device, processes)
+        if args.deterministic:
+            devices.be_deterministic()
+        devices.check_graphs(args, processes)
         dataset = train.load_data(args).to(args.device)
         rows = benchmark(args, dataset, processes)
         setting = dict(arch=args.arch, batch_size=args.batch_size, device=devices.device_name(args.device),

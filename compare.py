@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 # What never makes a group: the seed; where, how far and how fast a run goes. num_nets is the length of arch.
 POOLED = {"seed", "out_dir", "data_dir", "device", "resume", "save_every", "workers", "evaluate", "predict",
-          "benchmark", "cuda_graph", "num_nets", "tensorboard"}
+          "benchmark", "cuda_graph", "num_nets", "tensorboard", "model_file"}
 
 
 class CompareError(Exception):
@@ -95,7 +95,7 @@ def read_run(path):
             warn(f"{log}, line {number}: damaged or without top-1, left out")
     if not epochs:
         raise CompareError(f"{log}: no epoch in it yet")
-    options = {k: v for k, v in header["args"].items() if k not in POOLED and not (k == "max_steps" and v == 0)}
+    options = {k: v for k, v in header["args"].items() if k not in POOLED}
     if isinstance(header.get("classes"), list):
         options["classes"] = len(header["classes"])        # another data set, whatever its folder is called
     return Run(options, header["args"].get("seed"), epochs)
@@ -113,7 +113,7 @@ def group_runs(runs):
     An option differs if two runs log two values of it. A run that does not log it, an older one, does not differ by it;
     where others do, its value is "-".
     """
-    names = dict.fromkeys(name for run in runs for name in run.options)
+    names = dict.fromkeys(name for run in runs for name in run.options if name != "max_steps")
     differing = ["method"] + [name for name in names if name != "method" and len(
         {shown(run.options[name]) for run in runs if name in run.options}) > 1]
     groups = {}

@@ -24,7 +24,7 @@ import socket
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields, replace
 from http.client import HTTPException
 from math import exp, log, sqrt, tau
@@ -39,6 +39,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as F
+
+try:
+    import fcntl
+except ImportError:  # Windows: processes that start together may download at once
+    fcntl = None
 
 try:
     from torchvision.io import decode_jpeg
@@ -247,7 +252,7 @@ def _load_cifar(name: str, data_dir: Path) -> tuple[list[str], Tensor, Tensor, T
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds for each connection and read: without a network fail soon
     try:
-        with redirect_stdout(sys.stderr):  # stdout belongs to the training log
+        with redirect_stdout(sys.stderr), one_at_a_time(data_dir):  # stdout belongs to the training log
             train, test = (cifar(data_dir, train=split, download=True) for split in (True, False))
     except NETWORK_ERRORS as error:
         damaged = f" and the {archive} found there is damaged (wrong MD5)" if os.path.exists(archive) else ""
@@ -264,6 +269,18 @@ def _load_cifar(name: str, data_dir: Path) -> tuple[list[str], Tensor, Tensor, T
         socket.setdefaulttimeout(timeout)
     images, test_images = (torch.from_numpy(np.ascontiguousarray(split.data)) for split in (train, test))
     return list(train.classes), images, torch.tensor(train.targets), test_images, torch.tensor(test.targets)
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Processes wait here for each other, or all but the first would read a file that is half downloaded."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # a folder that cannot be written, or a file system without locks
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / ".lock", "a"))
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 # ---------------------------------------------------------------- a folder of images

@@ -70,6 +70,8 @@ def one_line_errors(program, errors, args):
         message, status = "interrupted", 130
     except (MemoryError, RuntimeError) as error:
         message, status = f"error: {device_error(error, args)}", 1
+    except OSError as error:                               # what nothing above has better words for: a disk, a mount
+        message, status = f"error: {error}", 1
     else:
         return
     if message:
@@ -173,6 +175,16 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"{path} is of format {state['format']}, {age} than this program's {CHECKPOINT_FORMAT}: "
                         "use the version that its log.jsonl belongs to")
     return state
+
+
+def load_into(module, state, path):
+    """module.load_state_dict(state). Raises UserError if the networks are others than those in the file at path."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()[:150]
+        raise UserError(f"{path} holds other networks ({reason}): has the program or --model-file changed since? "
+                        "Give the one that it was made by") from None
 
 
 class OutDir:
@@ -479,7 +491,7 @@ class Run:
         if had != self.images_per_epoch:
             raise UserError(f"{self.out / 'last.pt'} was made on {had:,} training images, and there are "
                             f"{self.images_per_epoch:,}: give the same ones, or another --out-dir")
-        self.model.load_state_dict(state["model"])
+        load_into(self.model, state["model"], self.out / "last.pt")
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         for name in self.PROGRESS:

@@ -309,7 +309,8 @@ def architecture(name):
     if name not in ARCHITECTURES and wide and (int(wide[1]) - 4) % 6 == 0 and int(wide[1]) >= 10 and int(wide[2]) >= 1:
         return WRN(int(wide[1]), int(wide[2]))
     if name not in ARCHITECTURES:
-        raise ValueError(f"unknown student {name!r}; known: {', '.join(ARCHITECTURES)}, and wrn_D_K with D = 6n+4")
+        raise ValueError(f"unknown student {name!r}; known: {', '.join(ARCHITECTURES)}, wrn_D_K with D = 6n+4, "
+                         "and what --model-file adds")
     found = ARCHITECTURES[name]
     if isinstance(found, type):
         raise ValueError(f"student {name!r} is the class {found.__name__}: register an instance, {found.__name__}()")

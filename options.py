@@ -68,7 +68,7 @@ def build_parser(description, program):
                    help="students (resnet32): " + ", ".join(models.ARCHITECTURES))
     g.add_argument("--num-nets", type=int, metavar="N", help="how many students, if one NAME is given (2)")
     g.add_argument("--method", choices=METHODS, default="lmcl",
-                   help="; ".join(f"{k}: {' '.join(v.__doc__.split())}" for k, v in METHODS.items()) + " (lmcl)")
+                   help="; ".join(f"{k}: {' '.join((v.__doc__ or k).split())}" for k, v in METHODS.items()) + " (lmcl)")
     g.add_argument("--matching", choices=["learned", "uniform"], default="learned",
                    help="lmcl: lambda from the matching network, or 0.5 for all, without a meta step (learned)")
     g.add_argument("--weights", nargs="+", metavar="FILE", help="start the students from these files: exported "

@@ -59,6 +59,13 @@ def test_an_option_missing_in_an_older_log_does_not_differ(tmp_path, capsys):
     assert row["n (seeds)"] == "2 (0 1)" and "augment" not in row
 
 
+def test_how_far_the_first_command_was_to_go_makes_no_group(tmp_path, capsys):
+    """The log keeps the first command's options; --resume without --max-steps went on to the end."""
+    paths = [write_log(tmp_path / str(s), epoch(1, 4, 4), epoch(2, 5, 5), seed=s, max_steps=5 * s) for s in (0, 1)]
+    _, (row,), _ = run(capsys, *paths)
+    assert row["n (seeds)"] == "2 (0 1)" and row["epochs done"] == "2 of 2" and "max_steps" not in row
+
+
 def test_runs_on_other_classes_are_another_group(tmp_path, capsys):
     _, rows, _ = run(capsys, *(write_log(tmp_path / c, epoch(2, 5, 5), classes=list(c)) for c in ("ab", "abc")))
     assert [row["classes"] for row in rows] == ["2", "3"]

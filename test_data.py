@@ -9,6 +9,8 @@ import pickle
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 import urllib.request
@@ -615,6 +617,17 @@ def test_cifar_is_fetched_checked_and_unpacked(stand_in, tmp_path, capsys):
     split = data.load(name, tmp_path / "new" / "data", validation_fraction=0.5)  # the second time from the disk
     assert capsys.readouterr().out == ""
     assert split.mean[0] == loaded.mean[0] == {"cifar100": 0.5071, "cifar10": 0.4914}[name]
+
+
+def test_cifar_is_not_fetched_twice_at_once(stand_in, tmp_path, monkeypatch):
+    pytest.importorskip("fcntl")
+    name, cifar, *_ = stand_in
+    code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    other = lambda: subprocess.run([sys.executable, "-c", code, tmp_path / ".lock"], capture_output=True).returncode
+    during, real = [], cifar.download
+    monkeypatch.setattr(cifar, "download", lambda self: during.append(other()) or real(self))
+    data.load(name, tmp_path)
+    assert during and all(during) and other() == 0
 
 
 @pytest.mark.parametrize("which", ["train", "test", "meta"])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import data
 import losses
 import meta
-import methods
+import models
 import options
 import train
 from devices import Processes
@@ -220,24 +220,18 @@ def test_fused_optimizer_steps_as_the_plain_one():
 
 
 def test_a_method_of_ones_own(run, monkeypatch):
-    """One class and one entry in METHODS: README's KDCL (MinLogit), its loss by hand, trained and resumed."""
-    class KDCL(methods.Independent):
-        """Each student distils, for each image, the logits that are lowest beside their right class's."""
-
-        def terms(self, images, labels, *rows):
-            logits = self.students(images)[1][:, -1]                                  # [N, B, C]
-            right = logits.gather(-1, labels.expand(len(logits), -1)[..., None])      # [N, B, 1]
-            teacher = (logits - right).min(0, keepdim=True).values.detach()           # [1, B, C]
-            return {"ce": (1, losses.cross_entropy(logits[:, None], labels)),
-                    "kd": (1, losses.distillation(logits, teacher, self.args.T).sum())}
-
-    monkeypatch.setitem(METHODS, "kdcl", KDCL)
+    """README's own method, KDCL (MinLogit), and its own student: the loss by hand, a run."""
+    for registry, name in (METHODS, "kdcl"), (models.ARCHITECTURES, "tiny"):
+        monkeypatch.setitem(registry, name, None)          # the blocks register themselves, for this test
+    for block in (Path(__file__).parent / "README.md").read_text().split("```python\n")[1:3]:
+        exec(block.split("```")[0], {"__name__": "block"})
+    METHODS["kdcl"].__doc__ = None                         # a user may leave it out
     method, x, y = make("kdcl")
     logits = method.students(x)[1][:, -1]
     by_hand = torch.stack([torch.stack([own[i] - own[i, y[i]] for own in logits]).min(0).values for i in range(6)])
     expected = sum(F.cross_entropy(own, y) + kl(own, by_hand, 3) for own in logits)
     assert total(method.terms(x, y)).item() == pytest.approx(expected.item(), rel=1e-5)
-    log = run("--method", "kdcl", epochs=1)
+    log = run("--method", "kdcl", "--arch", "tiny", epochs=1)
     assert math.isfinite(log[1]["kd"]) and not Path("out/matching.png").exists()
 
 

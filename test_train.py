@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import math
 import operator
 import os
@@ -20,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
+import benchmark
 import data
 import devices
 import experiment
@@ -217,6 +219,12 @@ def test_validation_chooses_the_best_and_the_test_set_is_looked_at_once(run, mon
 def test_starting_from_weights(run, monkeypatch):
     run("--method", "independent", epochs=1)
     files, seen = [f"out/student_{a}_small.pt" for a in (1, 2)], []
+    run("--weights", *files, "--max-steps", 1, out="third")
+    for file in map(Path, files):
+        file.rename(f"{file}.away")
+    run("--weights", *files, "--resume", out="third", epochs=2)            # a checkpoint holds all weights
+    for file in files:
+        Path(f"{file}.away").rename(file)
     monkeypatch.setattr(train, "train", lambda args, dataset, method, run: seen.extend(method.cohort.students))
     run("--weights", *files, out="second")
     for student, file in zip(seen, files, strict=True):
@@ -239,7 +247,7 @@ def test_tensorboard(run, monkeypatch, capsys):
     assert "pip install tensorboard" in capsys.readouterr().err and not Path("second/log.jsonl").exists()
 
 
-def test_a_model_file(run, capsys):
+def test_a_model_file(run, capsys, images):
     """An architecture of a user's own trains, evaluates and predicts; its mistakes are one line."""
     source = """
 import torch.nn as nn, models
@@ -261,6 +269,13 @@ models.ARCHITECTURES["tiny"] = Tiny()
     del models.ARCHITECTURES["tiny"]
     train.main(["--evaluate", "whole/last.pt", "--device", "cpu"])
     assert capsys.readouterr().out.count("tiny: top-1") == 2
+    Path("mine.py").write_text(source.replace("24", "32").format(width=32))
+    own = ["--model-file", "mine.py", "--arch", "tiny"]
+    for again in (["--evaluate", "whole/last.pt", "--device", "cpu", *own], flags(images, "whole", 2, "--resume", *own)):
+        with pytest.raises(SystemExit):
+            train.main(again)
+        error = capsys.readouterr().err
+        assert "whole/last.pt holds other networks" in error and "--model-file" in error and error.count("\n") == 1
     Path("mine.py").write_text(source.format(width=25))
     for method in ("lmcl", "afd"):                                        # afd runs the students as it is made
         with pytest.raises(SystemExit) as end:
@@ -483,9 +498,33 @@ def test_out_dirs_that_cannot_be_used(run, fails, capsys):
         fails(["--out-dir", "locked"], "--out-dir locked", "give another")
 
 
+def test_a_file_system_that_fails_elsewhere(fails, monkeypatch):
+    def full(out):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(experiment.OutDir, "open", full)
+    fails([], "No space left on device")
+
+
+def test_benchmark(images, tmp_path, capsys):
+    benchmark.main(flags(images, tmp_path, 1))
+    first, *rows = capsys.readouterr().out.splitlines()
+    names = ["step, deep-supervision", "step, lmcl", "meta step", "evaluation"]
+    assert [row[:24].strip() for row in rows] == names
+    timed = json.loads(first)
+    assert all(timed[name]["operations"] > 100 for name in names[:3]) and timed[names[1]]["images_per_second"] > 0
+    with pytest.raises(SystemExit):
+        benchmark.main(flags(images, tmp_path, 1, "--cuda-graph"))
+    assert "--cuda-graph wants a CUDA device" in capsys.readouterr().err
+
+
 def test_data_sets_and_files_that_do_not_go_with_evaluation(run, fails, images, capsys):
     run(out="finished")
     shutil.copytree(images, "other")
+    shutil.copytree(images / "train", "no_test/train")
+    train.main(["--evaluate", "finished/student_1_small.pt", "--device", "cpu", "--dataset", "folder", "--data-dir",
+                "no_test", "--validation-fraction", "0.4"])
+    assert "student 1  small: top-1" in capsys.readouterr().out
     for split in ("train", "test"):
         Path("other", split, "class0").rename(Path("other", split, "cat"))
     for where, *words in (("other", "finished/last.pt was trained on other classes", "class0, class1", "cat, class1"),

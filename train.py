@@ -200,10 +200,14 @@ def predict(args):
 
 
 def trained_students(path, args):
-    """The networks of a student file, last.pt or best.pt, in eval mode (models.load_student), and the run's options."""
+    """The networks of a student file, last.pt or best.pt, in eval mode (models.load_student), and the run's options.
+
+    A student file has no options: those of this command line.
+    """
     content = as_user_error(models.read_weights, path)
     if models.is_student_file(content):
-        return [as_user_error(models.load_student, content).to(args.device)], options.parse("", [])
+        own = dict(dataset=args.dataset or "cifar100", data_dir=args.data_dir or "data")
+        return [as_user_error(models.load_student, content).to(args.device)], argparse.Namespace(**vars(args) | own)
     state = experiment.load_checkpoint(path)
     if "method" not in state["args"]:
         raise UserError(f"{path} is no checkpoint of train.py")
@@ -214,7 +218,7 @@ def trained_students(path, args):
     for a, (name, student) in enumerate(zip(saved.arch, cohort.students, strict=True)):
         prefix = f"students.{a}.backbone."
         own = {key.split(prefix)[1]: tensor for key, tensor in state["model"].items() if prefix in key}
-        student.backbone.load_state_dict(own)
+        experiment.load_into(student.backbone, own, path)
         students.append(models.load_student(student_content(student.backbone, name, state)).to(args.device))
     return students, saved
 
@@ -231,11 +235,14 @@ def load_data(args, image_size=None):
                      validation_fraction=args.validation_fraction, augment=args.augment, workers=args.workers)
 
 
-def build(args, dataset):
-    """The method's networks on the device, drawn from the seed: the same initial backbones for every method."""
+def build(args, dataset, resumed=False):
+    """The method's networks on the device, drawn from the seed: the same initial backbones for every method.
+
+    resumed: the weights will come from a checkpoint, so the files of --weights are not wanted.
+    """
     torch.manual_seed(args.seed)
     method = as_user_error(METHODS[args.method], args, len(dataset.classes), dataset.train_labels)
-    if args.weights:
+    if args.weights and not resumed:
         for student, name, path in zip(method.cohort.students, args.arch, args.weights, strict=True):
             dataset.notes.append(f"weights {path}: " + as_user_error(models.load_weights, student.backbone, name, path))
     return method.to(args.device, memory_format=torch.channels_last)
@@ -314,7 +321,7 @@ def main(argv=None):
         steps_per_epoch = dataset.steps_per_epoch(args.batch_size)
         if found:
             check_classes(out / "last.pt", found["classes"], dataset, args.data_dir)
-        method = build(args, dataset)
+        method = build(args, dataset, resumed=bool(found))
         with experiment.Signals("train.py", processes) as signals:
             if processes.rank == 0:
                 out.open()

@@ -5,20 +5,18 @@
 # Runs go one after the other, on one core each; start it twice with other seeds for two cores. A run that was
 # interrupted goes on, a finished one takes seconds. FLAGS="--amp bf16" where the CPU has bfloat16 instructions.
 set -euo pipefail
+[ -d "$1/train" ] && [ -d "$1/test" ] || { echo "$0: no folder $1/train or $1/test" >&2; exit 2; }
 mkdir -p "$2"
 images=$(realpath "$1") work=$(realpath "$2"); shift 2
 seeds=${*:-0 1 2} epochs=${EPOCHS:-24} methods=${METHODS:-independent dml mcl deep-supervision lmcl lmcl-uniform}
 cd "$(dirname "$0")/.."
-mkdir -p "$work/quarter/train"
-[ -e "$work/quarter/test" ] || ln -s "$images/test" "$work/quarter/test"
+LC_ALL=C                                                   # the order of file names
 for class in "$images"/train/*/; do
-  name=$(basename "$class")
-  [ -e "$work/quarter/train/$name" ] && continue
-  mkdir "$work/quarter/train/$name"
-  ls "$class" | LC_ALL=C sort | sed -n 1,125p | while read -r file; do
-    ln -s "$class$file" "$work/quarter/train/$name/$file"
-  done
+  files=("$class"*) links="$work/quarter/train/$(basename "$class")"
+  mkdir -p "$links"
+  ln -sf "${files[@]:0:125}" "$links"
 done
+ln -sfn "$images/test" "$work/quarter/test"
 export OMP_NUM_THREADS=1
 for seed in $seeds; do
   for method in $methods; do
