@@ -37,8 +37,11 @@ class Run(NamedTuple):
 
     @property
     def finished(self):
-        stopped = self.last["step"] == self.options.get("max_steps")   # --max-steps may end a run inside an epoch
-        return self.last["epoch"] == self.options.get("epochs") and not stopped
+        """Whether the last epoch is there, whole: --max-steps may end a run inside it."""
+        first, epochs = self.epochs[min(self.epochs)], self.options.get("epochs")
+        if self.last["epoch"] != epochs or self.last["step"] != self.options.get("max_steps"):
+            return self.last["epoch"] == epochs
+        return first is not self.last and self.last["step"] >= first["step"] / first["epoch"] * epochs
 
     @property
     def chosen_on(self):
@@ -98,6 +101,8 @@ def read_run(path):
     options = {k: v for k, v in header["args"].items() if k not in POOLED}
     if isinstance(header.get("classes"), list):
         options["classes"] = len(header["classes"])        # another data set, whatever its folder is called
+    if isinstance(header.get("digest"), str):
+        options["digest"] = header["digest"]               # of the training images' names
     return Run(options, header["args"].get("seed"), epochs)
 
 

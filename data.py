@@ -90,6 +90,7 @@ class Dataset:
     train_labels: Tensor  # int64 [n]
     validation_labels: Tensor  # int64 [n_validation], empty without a validation split
     test_labels: Tensor  # int64 [n_test]
+    digest: str = ""  # tells one training set, before its split, from another: the data set's name, or of all file names
     notes: list[str] = field(default_factory=list)  # what the user should know, one line each
 
     def __post_init__(self):
@@ -205,7 +206,7 @@ def load(name: str, data_dir: str | Path = "data", image_size: int | None = None
         raise DataError(f"--validation-fraction {validation_fraction} must be at least 0 and less than 1")
     if augment not in AUGMENTATIONS:
         raise DataError(f'--augment {augment}: unknown, choose from {", ".join(AUGMENTATIONS)}')
-    data_dir = Path(data_dir).expanduser()
+    data_dir = Path(os.path.expanduser(data_dir))  # Path's own raises for an unknown ~user
     size = image_size or (224 if name == "imagenet" else 32)
     stream = stream or name == "imagenet"
     split = functools.partial(validation_split, fraction=validation_fraction, seed=seed)
@@ -222,7 +223,7 @@ def load(name: str, data_dir: str | Path = "data", image_size: int | None = None
     mean, std = CIFAR[name][1:] if name in CIFAR else _mean_std(images[kept])
     return InMemory(classes=classes, mean=mean, std=std, train_images=images[kept], train_labels=labels[kept],
                     validation_images=images[held], validation_labels=labels[held],
-                    test_images=test_images, test_labels=test_labels, **shared)
+                    test_images=test_images, test_labels=test_labels, digest=name, **shared)
 
 
 def validation_split(labels: Tensor, classes: list[str], fraction: float, seed: int) -> tuple:
@@ -310,7 +311,7 @@ def _load_folder(data_dir: Path, split: Callable, stream: bool, workers: int, sh
         raise DataError(f"--data-dir {data_dir}: no folder {data_dir}/test or val that can be read; "
                         "--validation-fraction 0.1 would split the training images")
     shared.update(classes=classes, notes=notes, train_labels=labels[kept], validation_labels=labels[held],
-                  test_labels=test_labels)
+                  test_labels=test_labels, digest=hashlib.sha256(files.tobytes()).hexdigest()[:16])
     if stream:
         return Streamed(data_dir=str(data_dir), train_files=files[kept], validation_files=files[held],
                         test_files=test_files, workers=workers, mean=IMAGENET[0], std=IMAGENET[1], **shared)
@@ -438,7 +439,7 @@ def read_items(load: Callable, batches: list, workers: int, pin_memory: bool = F
                 raise item
             yield item
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):  # "Caught ... in DataLoader worker process": an error in load
             raise
         raise DataError(f"a process that reads images has ended ({error}): try fewer --workers") from error
     finally:
@@ -465,6 +466,8 @@ def naming(path: str | Path) -> Iterator[None]:
     """Decoders raise many kinds for a broken file: each becomes a DataError that names it."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:
         raise DataError(f"cannot read image {path} ({error}); mend or remove it") from error
 

@@ -13,11 +13,13 @@ last.pt, best.pt (chosen on the test set) and detections.png, truth beside predi
 import os
 import signal
 
-if __name__ == "__main__":                                 # Ctrl-C while libraries load, as in train.py
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Ctrl-C while libraries load, as in train.py
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"detect.py: interrupted\n"), os._exit(130)))
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 from dataclasses import dataclass
@@ -65,7 +67,7 @@ def train(args, train_set, test_set, model, run):
     for epoch in range(run.epoch, args.epochs):
         if 0 < args.max_steps <= run.total_steps and not run.step:
             return
-        run.start_epoch(learning_rate(args, epoch, run.total_steps - 1))        # of the step before, as it was saved
+        run.start_epoch(learning_rate(args, epoch, max(0, run.total_steps - 1)))       # the last step's, as it was saved
         images = data.read_items(train_set.load, train_plan(args, train_set, run, epoch), args.workers)
         for batch in run.timed(zip(*[images] * (args.batch_size // run.processes.size), strict=True)):
             key = f"{args.seed},{run.total_steps},{run.processes.rank}"
@@ -160,7 +162,7 @@ def train_plan(args, pictures, run, epoch):
 
 def load_data(name, folder, known=None, splits=("train", "val")):
     """The Pictures of each split. known: the classes of a checkpoint. Raises DataError."""
-    folder, year = Path(folder or "data").expanduser(), "2017" if name == "coco" else ""
+    folder, year = Path(os.path.expanduser(folder or "data")), "2017" if name == "coco" else ""
     *train_sets, test_set = (
         pennfudan(folder, split) if name == "pennfudan" else
         annotated(folder / f"{split}{year}", folder / f"annotations/instances_{split}{year}.json") for split in splits)
@@ -181,18 +183,22 @@ def annotated(folder, source, content=None):
     """Pictures in `folder` by a file in COCO's form, or by its `content`, less objects without polygon or RLE."""
     try:
         content = content or json.loads(source.read_bytes())
-        names = {c["id"]: c["name"] for c in content["categories"]}
+        names = {c["id"]: str(c["name"]) for c in content["categories"]}
+        for image in content["images"]:
+            if not (image["file_name"] and image["width"] > 0 and image["height"] > 0):
+                raise ValueError(f"image {image['id']} lacks a name or a size")
         for a in content["annotations"]:
             if isinstance(a.get("segmentation"), list):    # of fewer than three points pycocotools would make boxes
                 a["segmentation"] = [polygon for polygon in a["segmentation"] if len(polygon) >= 6]
-        objects = [a for a in content["annotations"] if a.get("segmentation") and names[a["category_id"]]]
+        objects = [a for a in content["annotations"] if a.get("segmentation")]
         for number, a in enumerate(objects, start=1):      # COCOeval takes number 0 for no object
-            a |= dict(id=number, iscrowd=a.get("iscrowd", 0), area=a.get("area", a["bbox"][2] * a["bbox"][3]))
+            _, (_, _, w, h) = names[a["category_id"]], map(float, a["bbox"])
+            a |= dict(id=number, iscrowd=int(a.get("iscrowd") or 0), area=w * h if a.get("area") is None else a["area"])
         index = coco.COCO()
         index.dataset = {**content, "annotations": objects}
         with contextlib.redirect_stdout(io.StringIO()):
             index.createIndex()
-        ids = sorted(i for i, image in index.imgs.items() if image["file_name"] and image["width"] and image["height"])
+        ids = sorted(index.imgs)
     except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"annotations {source} are not in COCO's form ({type(error).__name__}: {error})") from None
     return Pictures(folder, index, ids, [names[c] for c in sorted(names)])
@@ -373,12 +379,12 @@ def use_checkpoint(args):
         raise UserError(f"{path} is no checkpoint of detect.py")
     saved = argparse.Namespace(**{**state["args"], "device": args.device, "workers": args.workers})
     model = build(saved, state["classes"], state["mean"], state["std"])
-    model.load_state_dict(state["model"])
+    experiment.load_into(model, state["model"], path)
     if args.evaluate:
         where = args.dataset or saved.dataset, args.data_dir or saved.data_dir
         (pictures,) = load_data(*where, state["classes"], splits=["val"])
         return say(words(evaluate(saved, pictures, model, devices.Processes({}))))
-    folder, stems = Path(args.out_dir or Path(path).parent).expanduser(), []
+    folder, stems = Path(os.path.expanduser(args.out_dir or Path(path).parent)), []
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -443,7 +449,7 @@ def parse(argv=None):
                    ("--max-size", args.max_size >= args.min_size, "at least --min-size"),
                    ("--milestones", min(args.milestones) >= 1, "epochs from 1 on"), *options.running_rules(args)])
     if args.out_dir is None and not uses:
-        origin = "-".join(Path(args.backbone).with_suffix("").parts[-2:])
+        origin = "-".join(Path(os.path.splitext(args.backbone)[0]).parts[-2:])
         first = dict(dataset=f"detect-{args.dataset}", arch=args.arch, backbone=origin, seed=args.seed)
         args.out_dir = options.default_name(args, p.parse_args([]), first)
     return args
@@ -460,6 +466,7 @@ def main(argv=None):
         if coco is None:                                   # before anything is read or trained
             raise UserError("COCO's annotations and AP want a package that is not here: pip install pycocotools")
         if args.evaluate or args.predict:
+            processes.be_alone("--evaluate" if args.evaluate else "--predict")
             use_checkpoint(args)
         else:
             start(args, processes)
@@ -479,7 +486,9 @@ def start(args, processes):
     model = build(args, test_set.classes, mean, std, weights)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    metadata = dict(classes=test_set.classes, mean=list(mean), std=list(std))
+    names = [(i, train_set.index.imgs[i]["file_name"]) for i in train_set.ids]
+    metadata = dict(classes=test_set.classes, mean=list(mean), std=list(std),
+                    digest=hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16])
     with experiment.Signals("detect.py", processes) as signals:
         if processes.rank == 0:
             out.open()
@@ -509,5 +518,6 @@ def start(args, processes):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -129,7 +129,12 @@ class Processes:
             for t in [*module.parameters(), *module.buffers()]:
                 self._together(dist.broadcast, t.data, 0)
 
-    def any(self, flag):
+    def be_alone(self, flag):
+        """Raises UserError under torchrun, for a flag whose work one process does."""
+        if self.size > 1:
+            raise UserError(f"{flag} wants one process: leave torchrun out")
+
+    def largest(self, flag):
         """The largest of the processes' whole numbers `flag`: whether any wants to stop, save, ..."""
         if self.size == 1:
             return flag

@@ -135,6 +135,9 @@ def sync_folder(folder):
         number = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(number)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):          # some network file systems sync no folders
+                raise
         finally:
             os.close(number)
 
@@ -191,7 +194,7 @@ class OutDir:
     """The folder of one run: made, and locked so that two runs never share it."""
 
     def __init__(self, name):
-        self.path, self.lock, self.seen = Path(name).expanduser(), None, None
+        self.path, self.lock, self.seen = Path(os.path.expanduser(name)), None, None
 
     def __truediv__(self, name):
         return self.path / name
@@ -288,7 +291,7 @@ class Run:
     """What changes while training, all of it in last.pt, and what a run leaves in --out-dir.
 
     args: all options. model: a module whose state is saved. optimizers: SGD ones follow the schedule. metadata:
-    what else a checkpoint says (classes, ...). images: of an epoch, all processes' together.
+    what else a checkpoint says (classes, digest of the data, ...). images: of an epoch, all processes' together.
     """
 
     PROGRESS = ("epoch", "step", "total_steps", "best", "best_epoch", "log", "sums", "finite_steps", "images",
@@ -372,7 +375,7 @@ class Run:
         now, args = time.perf_counter(), self.args
         self.show_progress()
         due = args.save_every and now - self.saved > 60 * args.save_every
-        wish = self.processes.any(2 if self.signals.name else 1 if due else 0)
+        wish = self.processes.largest(2 if self.signals.name else 1 if due else 0)
         if wish:
             self.save("last.pt")
         if wish == 2:
@@ -481,16 +484,15 @@ class Run:
             state = dict(format=CHECKPOINT_FORMAT, args={**vars(self.args), "device": str(self.args.device)},
                          processes=self.processes.size, model=self.model.state_dict(),
                          optimizers=[o.state_dict() for o in self.optimizers], **self.metadata,
-                         images_per_epoch=self.images_per_epoch, **{k: getattr(self, k) for k in self.PROGRESS})
+                         **{k: getattr(self, k) for k in self.PROGRESS})
             save_checkpoint(self.out / name, state, keep=self.out / "previous.pt" if name == "last.pt" else None)
         self.saved = self.clock = time.perf_counter()
 
     def load(self, state):
-        """Go on from a checkpoint. Raises UserError if it was made on another number of training images."""
-        had = state.get("images_per_epoch", self.images_per_epoch)
-        if had != self.images_per_epoch:
-            raise UserError(f"{self.out / 'last.pt'} was made on {had:,} training images, and there are "
-                            f"{self.images_per_epoch:,}: give the same ones, or another --out-dir")
+        """Go on from a checkpoint. Raises UserError if it was made on other training images, or other networks."""
+        if state.get("digest", self.metadata["digest"]) != self.metadata["digest"]:
+            raise UserError(f"{self.out / 'last.pt'} was made on training images of other names or another number: "
+                            "give the same --data-dir, or another --out-dir")
         load_into(self.model, state["model"], self.out / "last.pt")
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

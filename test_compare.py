@@ -66,6 +66,20 @@ def test_how_far_the_first_command_was_to_go_makes_no_group(tmp_path, capsys):
     assert row["n (seeds)"] == "2 (0 1)" and row["epochs done"] == "2 of 2" and "max_steps" not in row
 
 
+def test_max_steps_at_the_end_is_an_end(tmp_path, capsys):
+    _, (row,), _ = run(capsys, write_log(tmp_path / "a", epoch(1, 4, 4), epoch(2, 5, 5), max_steps=20))
+    assert row["epochs done"] == "2 of 2"
+
+
+def test_runs_on_other_images_are_another_group(tmp_path, capsys):
+    paths = [write_log(tmp_path / c, epoch(2, 5, 5)) for c in "ab"]
+    for path in paths:
+        log = path / "log.jsonl"
+        log.write_text(log.read_text().replace('"command"', f'"digest": "{path.name}", "command"', 1))
+    _, rows, _ = run(capsys, *paths)
+    assert [row["digest"] for row in rows] == ["a", "b"]
+
+
 def test_runs_on_other_classes_are_another_group(tmp_path, capsys):
     _, rows, _ = run(capsys, *(write_log(tmp_path / c, epoch(2, 5, 5), classes=list(c)) for c in ("ab", "abc")))
     assert [row["classes"] for row in rows] == ["2", "3"]

@@ -15,6 +15,7 @@ import tarfile
 import time
 import urllib.request
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from urllib.error import URLError
 
@@ -539,6 +540,16 @@ def test_imagenet_has_its_own_size_statistics_and_folders(tmp_path):
     assert (loaded.image_size, loaded.resize, loaded.name) == (224, 256, "imagenet")
     assert loaded.mean == (0.485, 0.456, 0.406) and loaded.std == (0.229, 0.224, 0.225)
     assert len(loaded.test_labels) == 4 and next(loaded.test_batches())[0].shape == (4, 3, 224, 224)
+
+
+def test_errors_in_workers_are_not_called_broken_images():
+    def fail(error):
+        with data.naming("x.png") if isinstance(error, MemoryError) else nullcontext():
+            raise error
+
+    for error in (RuntimeError("shapes differ"), MemoryError()):
+        with pytest.raises(type(error)):
+            list(data.read_items(fail, [error], 1))
 
 
 def test_workers_leave_signals_to_the_program_and_a_killed_one_is_one_line(stream, monkeypatch):

@@ -116,13 +116,13 @@ def test_odd_annotations(tmp_path):
     packed["counts"] = packed["counts"].decode()
     counts = [len(list(g)) for _, g in itertools.groupby(blob.flatten("F"))]                 # starts with zeros
     listed, usual = dict(size=[40, 30], counts=counts), dict(iscrowd=0, area=50)
-    categories = [dict(id=9, name="b"), dict(id=2, name="a")]
+    categories = [dict(id=9, name=1), dict(id=2, name="")]
     images = [dict(id=i, file_name=f"{i}.png", width=30, height=40) for i in (5, 0, 3, 8)]
     objects = [                                            # image, category, box, mask, the rest
         (0, 9, [0, 0, 15, 15], rectangle(0, 0, 4, 6) + rectangle(10, 10, 5, 5), usual),
         (0, 2, [10, 5, 8, 10], listed, dict(usual, iscrowd=1)),
         (0, 2, [10, 5, 8, 10], listed, usual),
-        (0, 2, [10, 5, 8, 10], packed, {}),                # no area, no iscrowd
+        (0, 2, [10, 5, 8, 10], packed, dict(area=None, iscrowd=None)),
         (0, 2, [25, 30, 20, 20], rectangle(25, 30, 20, 20), {}),                             # beyond the image
         (0, 2, [3, 3, 0, 9], rectangle(3, 3, 0, 9), usual),
         (0, 2, [1, 2, 3, 4], [[1, 2, 3, 4]], usual),
@@ -137,7 +137,7 @@ def test_odd_annotations(tmp_path):
     for i in (0, 3, 5, 8):
         save_image(tmp_path / "train" / f"{i}.png", (30, 40))
     train, test = detect.load_data("own", tmp_path)
-    assert train.classes == ["a", "b"] and test.ids == [0, 3, 5, 8]
+    assert train.classes == ["", "1"] and test.ids == [0, 3, 5, 8]
     assert train.ids == [0, 8]                             # 5 has no object, 3 one below a pixel; 8's crowd counts
     image, target = train.load((0, False))
     assert image.shape == (3, 40, 30) and image.dtype == torch.uint8
@@ -364,6 +364,13 @@ def test_resume_evaluate_predict(run, own, capsys, monkeypatch):
     assert {p.name for p in Path("new/folder").iterdir()} == {"0_detections.png", "0_2_detections.png"}
     assert Image.open("whole/detections.png").size == (2 * 64, 64 + 48 + 64 + 3 * 4)
 
+    changed = json.loads((own / "annotations" / "instances_train.json").read_text())
+    changed["images"][0]["file_name"] = "other.png"
+    save_json(Path("other"), "train", changed)
+    with pytest.raises(SystemExit):
+        run("--warmup", 9, "--resume", "--data-dir", "other", out="whole")
+    assert "was made on training images of other names" in capsys.readouterr().err
+
 
 def test_two_processes(run, own, capsys):
     """The parts' gradients are averaged, their detections gathered: AP is what one process finds."""
@@ -408,6 +415,7 @@ def test_wrong_flags(flags, fails):
 @pytest.mark.parametrize("flags,words", [
     ("--device tpu", "--device tpu"),
     ("--batch-size 6", "at most the 5 training images"),
+    ("--backbone .", "--backbone: "),
     ("--backbone none.pt", "--backbone: cannot read none.pt"),
     ("--backbone text.pt", "text.pt is no file of weights"),
     ("--backbone odd.pt", "odd.pt does not fit shufflenet_v2_x0_5"),
@@ -417,6 +425,8 @@ def test_wrong_flags(flags, fails):
     ("--data-dir list", "not in COCO's form"),
     ("--data-dir stray", "KeyError: 1"),
     ("--data-dir boxes", "no training image"),
+    ("--data-dir five", "too many values"),
+    ("--data-dir flat", "image 1 lacks a name or a size"),
     ("--data-dir others", "has other classes (cat) than the test set"),
     ("--data-dir wrong", "it is 9x9, its annotation says 8x8"),
     ("--data-dir rle", "cannot read image rle/train/a.png"),
@@ -439,6 +449,8 @@ def test_errors_in_one_line(flags, words, fails, tmp_path):
                annotations=[{**b, "segmentation": dict(size=[3, 4], counts="P")} for b in boxes])
     for name, train, test in (("wrong", {}, {}), ("stray", dict(categories=[]), {}), ("rle", rle, {}),
                               ("boxes", dict(annotations=boxes), {}),
+                              ("five", {}, dict(annotations=[{**right["annotations"][0], "bbox": [1, 1, 4, 4, 4]}])),
+                              ("flat", dict(images=[{**i, "height": 0} for i in images]), {}),
                               ("others", {}, dict(categories=[dict(id=1, name="dog")]))):
         for part, content in (("train", train), ("val", test)):
             save_json(Path(name), part, {**right, **content})

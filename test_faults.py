@@ -1,7 +1,7 @@
 """Runs that are killed and resumed, in processes of their own.
 
     pytest test_faults.py        # three kills
-    python test_faults.py        # the whole fault campaign: 30 kills, some minutes, one line with the numbers
+    python test_faults.py        # the whole fault campaign: 30 kills, a minute, one line with the numbers
 """
 
 import argparse

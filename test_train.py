@@ -10,6 +10,7 @@ import re
 import runpy
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -318,17 +319,18 @@ def test_max_steps_logs_the_unfinished_epoch(run):
     assert before.keys() == after.keys() and {k for k in after if after[k] != before[k]} <= {"previous.pt"}
 
 
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.rename(path.with_name("7b.png"))])
 @pytest.mark.parametrize("more", [[], ["--contrast", "bank", "--negatives", "16"]])
-def test_resuming_on_other_images_is_refused(run, images, capsys, more):
+def test_resuming_on_other_images_is_refused(run, images, capsys, more, spoil):
     shutil.copytree(images, "mine")
     run(*more, "--data-dir", "mine", epochs=2)
     before = Path("out/last.pt").read_bytes()
     for path in Path("mine/train").glob("*/8.png"):
-        path.unlink()
+        spoil(path)
     with pytest.raises(SystemExit):
         run(*more, "--data-dir", "mine", "--resume", epochs=2)
     error = capsys.readouterr().err
-    assert "was made on 54 training images, and there are 48" in error and error.count("\n") == 1
+    assert "was made on training images of other names or another number" in error and error.count("\n") == 1
     assert Path("out/last.pt").read_bytes() == before
 
 
@@ -498,10 +500,20 @@ def test_out_dirs_that_cannot_be_used(run, fails, capsys):
         fails(["--out-dir", "locked"], "--out-dir locked", "give another")
 
 
-def test_a_file_system_that_fails_elsewhere(fails, monkeypatch):
+def test_file_systems_with_limits(run, fails, monkeypatch):
+    """One that syncs no folders will do; what fails elsewhere is one line."""
+    sync = os.fsync
+
+    def files_alone(number):
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(22, "Invalid argument")
+        sync(number)
+
     def full(out):
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(os, "fsync", files_alone)
+    run(out="~nobody here/out", epochs=1)
     monkeypatch.setattr(experiment.OutDir, "open", full)
     fails([], "No space left on device")
 
@@ -518,7 +530,7 @@ def test_benchmark(images, tmp_path, capsys):
     assert "--cuda-graph wants a CUDA device" in capsys.readouterr().err
 
 
-def test_data_sets_and_files_that_do_not_go_with_evaluation(run, fails, images, capsys):
+def test_data_sets_and_files_that_do_not_go_with_evaluation(run, fails, images, capsys, monkeypatch):
     run(out="finished")
     shutil.copytree(images, "other")
     shutil.copytree(images / "train", "no_test/train")
@@ -533,6 +545,14 @@ def test_data_sets_and_files_that_do_not_go_with_evaluation(run, fails, images, 
             train.main(["--evaluate", "finished/last.pt", "--device", "cpu", "--data-dir", where])
         error = capsys.readouterr().err
         assert end.value.code == 1 and error.count("\n") == 1 and all(w in error for w in words)
+    for environment, path, words in (({}, "finished/student_1_small.pt", "give --dataset and --data-dir"),
+                                     (dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0"), "finished/last.pt", "torchrun")):
+        with monkeypatch.context() as m, pytest.raises(SystemExit) as end:
+            for item in environment.items():
+                m.setenv(*item)
+            train.main(["--evaluate", path, "--device", "cpu"])
+        error = capsys.readouterr().err
+        assert end.value.code == 1 and error.count("\n") == 1 and words in error
     fails(["--evaluate", "finished"], "finished", "Is a directory")
     fails(["--evaluate", "finished/log.jsonl"], "finished/log.jsonl is no file of weights")
 

@@ -1,6 +1,6 @@
 """Train N students together by layer-wise mutual contrastive learning (L-MCL), or by one of its baselines.
 
-    python train.py --dataset synthetic --arch resnet8 --epochs 3      # two minutes on a laptop's CPU, no download
+    python train.py --dataset synthetic --arch resnet8 --epochs 3      # two minutes on two cores, no download
     python train.py --arch resnet32 --num-nets 2                       # CIFAR-100, the published recipe
     python train.py --arch resnet56 wrn_40_2                           # two different students
     python train.py --arch resnet32 --method independent               # the published baseline
@@ -10,14 +10,15 @@
     python train.py --evaluate out/RUN/last.pt                         # top-1 and top-5 of every student
     python train.py --predict cat.jpg --checkpoint out/RUN/student_1_resnet32.pt
 
-The method is that of Yang et al., TPAMI 2023 (arXiv 2207.11518). SIGINT, SIGTERM and SIGHUP end a run after the present
-step, with everything saved; a second one ends it at once.
+The method is that of Yang et al., TPAMI 2023 (arXiv 2207.11518). SIGINT, SIGTERM, SIGHUP and SIGUSR1 end a run after the
+present step, with everything saved; a second one ends it at once.
 """
 
 import os
 import signal
 
-if __name__ == "__main__":                                 # Ctrl-C while libraries load, which may swallow exceptions
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:      # a shell's `&` ignores it
+    # Ctrl-C while libraries load, which may swallow exceptions
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"train.py: interrupted\n"), os._exit(130)))
 
 import argparse
@@ -170,7 +171,7 @@ def evaluate_epoch(args, dataset, method, run):
 def evaluate_file(args):
     """--evaluate: top-1 and top-5 of every student of last.pt, best.pt or a student file."""
     students, saved = trained_students(args.evaluate, args)
-    saved.dataset, saved.data_dir = args.dataset or saved.dataset, args.data_dir or saved.data_dir
+    saved.dataset, saved.data_dir = args.dataset or saved.dataset, args.data_dir or saved.data_dir or "data"
     streamed = args.stream or saved.stream or students[0].resize != students[0].image_size
     saved.stream, saved.workers = streamed and saved.dataset == "folder", args.workers
     dataset = load_data(saved, image_size=students[0].image_size)
@@ -202,12 +203,13 @@ def predict(args):
 def trained_students(path, args):
     """The networks of a student file, last.pt or best.pt, in eval mode (models.load_student), and the run's options.
 
-    A student file has no options: those of this command line.
+    A student file has no options: those of this command line, seed and validation fraction too.
     """
     content = as_user_error(models.read_weights, path)
     if models.is_student_file(content):
-        own = dict(dataset=args.dataset or "cifar100", data_dir=args.data_dir or "data")
-        return [as_user_error(models.load_student, content).to(args.device)], argparse.Namespace(**vars(args) | own)
+        if args.evaluate and not args.dataset:
+            raise UserError(f"{path} does not say on what it was trained: give --dataset and --data-dir")
+        return [as_user_error(models.load_student, content).to(args.device)], argparse.Namespace(**vars(args))
     state = experiment.load_checkpoint(path)
     if "method" not in state["args"]:
         raise UserError(f"{path} is no checkpoint of train.py")
@@ -308,6 +310,7 @@ def main(argv=None):
         if args.deterministic:
             devices.be_deterministic()
         if args.evaluate or args.predict:
+            processes.be_alone("--evaluate" if args.evaluate else "--predict")
             return evaluate_file(args) if args.evaluate else predict(args)
         devices.check_graphs(args, processes)
         if args.batch_size % (2 * processes.size):
@@ -328,7 +331,7 @@ def main(argv=None):
             processes.start(args.device)
             processes.broadcast(method)
             method.gather = processes.gather
-            metadata = {name: getattr(dataset, name) for name in ("classes", "mean", "std", "image_size", "resize")}
+            metadata = {name: getattr(dataset, name) for name in ("classes", "mean", "std", "image_size", "resize", "digest")}
             run = experiment.Run(args, out, method, make_optimizers(args, method), metadata, steps_per_epoch,
                                  len(dataset.train_labels), processes, signals)
             if run.is_main:
@@ -352,5 +355,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

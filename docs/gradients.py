@@ -37,12 +37,12 @@ def main(argv=None):
         args = argparse.Namespace(**{**vars(options.parse("", [])), **state["args"]})
         if state["args"].get("method") != "lmcl" or len(args.arch) < 2:
             raise devices.UserError(f"{given.checkpoint} is no checkpoint of lmcl with two students or more")
-        args.device, args.weights = given.device, None     # the checkpoint has its own
+        args.device = given.device
         if args.model_file:
             train.as_user_error(train.models.load_model_file, args.model_file)
         dataset = train.load_data(args)
-        method = train.build(args, dataset)
-        method.load_state_dict(state["model"])
+        method = train.build(args, dataset, resumed=True)
+        experiment.load_into(method, state["model"], given.checkpoint)
         measure(args, dataset, method.train(), given.batches)
 
 
