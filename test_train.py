@@ -161,6 +161,10 @@ def test_gradients_of_a_checkpoint(run, capsys):
                   / (18 * 17) for rows in z[a]]
         row = next(line for line in printed.splitlines() if line.startswith(f"student {a + 1}: mean cosine"))
         assert row.endswith(f"stage by stage: {cosine[0]:.3f} {cosine[1]:.3f}")
+    sets = [(u, v) for a in range(2) for u in z[a] for v in z[1 - a]]
+    nats = [sum(x.item() for x in values) / len(sets) for values in (
+        [losses.vcl(u, labels) for u, _ in sets], [losses.icl(u, v, labels) for u, v in sets])]
+    assert f"VCL {nats[0]:.3f}, ICL {nats[1]:.3f}, chance {math.log(17):.3f}" in printed
     assert Path("out/last.pt").read_bytes() == before
     run("--method", "mcl", out="mcl", epochs=1)
     with pytest.raises(SystemExit):

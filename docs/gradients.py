@@ -3,8 +3,9 @@
     python docs/gradients.py out/RUN/last.pt --batches 10
 
 Prints a Markdown table: each weighted term's norm, as a share of that of the cross-entropy of the students' own heads,
-and its cosine with that; then the mean cosine of two images' embeddings, stage by stage, and the spread of lambda. All
-are means over batches of epoch 0, in training mode. The file stays as it is.
+and its cosine with that; then the mean cosine of two images' embeddings, stage by stage, the spread of lambda, and VCL
+and ICL without lambda beside chance, their value where all embeddings are equal. All are means over batches of epoch 0,
+in training mode. The file stays as it is.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def main(argv=None):
 
 def measure(args, dataset, method, batches):
     backbones = [p for student in method.cohort.students for p in student.backbone.parameters()]
-    sums, spreads, cosines = {}, [], 0
+    sums, spreads, cosines, nats = {}, [], 0, 0
     plan = dataset.train_batches(args.batch_size, args.seed, 0, pairs=args.batches == "pairs")
     for images, labels, index in itertools.islice(plan, batches):
         rows = method.bank.draw(index, 0, 0) if method.bank else ()
@@ -68,6 +69,10 @@ def measure(args, dataset, method, batches):
         B = len(labels)
         cosines += ((z @ z.mT).sum((-1, -2)) - B).detach() / (B * (B - 1))                    # [N, L], rows are unit
         spreads.append(method.matching(features).detach())
+        N, L = z.shape[:2]
+        plain = [method.contrast(z, labels, None, rows)[name][1] / (2 * N * (N - 1) * L * L) for name in ("vcl", "icl")]
+        candidates = 1 + (~rows[-1]).sum(1) if rows else torch.tensor(B - 1.0)      # a positive and other classes' rows
+        nats += torch.stack([*plain, candidates.log().mean()]).detach()
     print("| term | norm | share | cosine |\n|---|---|---|---|")
     n = len(spreads)                                       # an epoch may have fewer
     for name, values in sums.items():
@@ -75,13 +80,13 @@ def measure(args, dataset, method, batches):
         print(f"| {name} | {norm:.3g} | {share:.2f} | {cosine:.2f} |")
     print()
     matching = torch.cat(spreads, -1)                      # [N, L, N, L, samples]
-    N = len(matching)
     pairs = torch.stack([matching[a, :, b] for a in range(N) for b in range(N) if a != b])       # [.., L, L, samples]
     for a, row in enumerate((cosines / n).tolist(), start=1):
         stages = " ".join(f"{x:.3f}" for x in row)
         print(f"student {a}: mean cosine of two images' embeddings, stage by stage: {stages}")
     print(f"lambda: mean {pairs.mean():.3f}, standard deviation {pairs.mean(-1).std():.3f} over pairs of stages, "
           f"{pairs.std(-1).mean():.3f} over samples")
+    print("nats an anchor, lambda left out: VCL {:.3f}, ICL {:.3f}, chance {:.3f}".format(*(nats / n).tolist()))
 
 
 if __name__ == "__main__":
