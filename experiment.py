@@ -502,6 +502,7 @@ class Run:
             (self.out / "best.pt").unlink(missing_ok=True)
         elif self.is_main and (self.out / "best_before.pt").exists():
             os.replace(self.out / "best_before.pt", self.out / "best.pt")
+            (self.out / "best_before.pt").unlink(missing_ok=True)          # two names of one file: replace does nothing
 
 
 def show_line(text):

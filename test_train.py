@@ -298,7 +298,8 @@ def test_same_seed_same_result_other_seed_other_result(run):
 
 
 STREAMED = ["--contrast", "bank", "--negatives", "16", "--stream", "--augment", "crop", "--batches", "uniform",
-            "--workers", "0"]
+            "--workers", "0", "--arch", "small", "small_12", "small", "--amp", "bf16", "--validation-fraction", "0.33",
+            "--batch-size", "12"]
 
 
 @pytest.mark.parametrize("more", [*(["--method", name] for name in METHODS), STREAMED], ids=lambda more: more[1])
@@ -309,6 +310,41 @@ def test_resumed_equals_uninterrupted(run, more):
         workers = ["--workers", steps % 3] if "--stream" in more and steps in (0, 5) else []
         run(*more, *workers, "--max-steps", steps, "--resume", out="parts")
     assert_same("parts", "whole")
+
+
+def test_evaluating_a_streamed_run(run, images, capsys):
+    log = run(*STREAMED, epochs=1)
+    capsys.readouterr()
+    train.main(["--evaluate", "out/last.pt", "--device", "cpu", "--workers", "0"])
+    found = re.findall(r"top-1 (\S+)", capsys.readouterr().out)
+    assert list(map(float, found)) == log[-1]["test_top1"] and len(found) == 3
+    train.main(["--predict", str(images / "test/class3/9.png"), "--checkpoint", "out/last.pt", "--device", "cpu"])
+    assert capsys.readouterr().out.count("class") == 6
+
+
+@pytest.mark.parametrize("late", range(5))
+def test_killed_while_max_steps_end_the_run(run, monkeypatch, late):
+    """At any file that is written after the last step: checkpoint, picture, log, best.pt."""
+    run(out="whole")
+    write, written = experiment.write, []
+
+    def count(path, *content, **keep):
+        if "step" in seen:
+            written.append(path)
+        if len(written) > late:
+            raise KeyboardInterrupt
+        write(path, *content, **keep)
+
+    seen, step = {}, train.train_step
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as end:
+        m.setattr(train, "train_step", lambda args, method, run, *batch: (
+            seen.update(step=1) if run.total_steps == 3 else None, step(args, method, run, *batch))[1])
+        for module in (experiment, train):
+            m.setattr(module, "write", count)
+        run("--max-steps", 4, out="parts")
+    assert end.value.code == 130 and len(written) == late + 1
+    run("--resume", out="parts")
+    assert_same("whole", "parts")
 
 
 def test_max_steps_logs_the_unfinished_epoch(run):
