@@ -496,8 +496,12 @@ class Run:
         load_into(self.model, state["model"], self.out / "last.pt")
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+        here = {name: self.log[0][name] for name in ("torch", "device")}
         for name in self.PROGRESS:
             setattr(self, name, state[name])
+        places = [self.log[0], *self.log[0].get("resumed", [])]
+        if {name: places[-1][name] for name in here} != here:
+            self.log[0]["resumed"] = [*places[1:], dict(after_step=self.total_steps, **here)]
         if self.is_main and not self.best_epoch:           # no epoch is done: best.pt was of an unfinished one
             (self.out / "best.pt").unlink(missing_ok=True)
         elif self.is_main and (self.out / "best_before.pt").exists():

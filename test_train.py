@@ -379,6 +379,14 @@ def test_a_checkpoint_of_another_program_is_refused(fails):
     fails(["--evaluate", "other.pt"], "other.pt is no checkpoint of train.py")
 
 
+def test_the_log_says_where_a_run_went_on(run, monkeypatch):
+    run("--max-steps", 1)
+    monkeypatch.setattr(experiment, "device_name", lambda device: "another")
+    run("--max-steps", 2, "--resume")
+    header, *_ = run("--resume")
+    assert header["resumed"] == [dict(after_step=1, torch=header["torch"], device="another")]
+
+
 def test_what_resuming_says(run, capsys):
     run("--resume", epochs=1)
     assert "starting afresh" in capsys.readouterr().out
