@@ -27,6 +27,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 import data
+import models
 from data import Batch, DataError, augment, cut, epoch_plan, normalise
 
 
@@ -354,6 +355,8 @@ def test_folder_takes_every_kind_of_image(tmp_path, monkeypatch, stream):
         error = (image * std + mean) * 255 - torch.tensor(want)[:, None, None]
         assert error.abs().max() < (4.01 if ending == "jpg" else 1.01), (mode, ending)
     assert sum(len(batch[1]) for batch in loaded.train_batches(4, 0, 0)) == 2 * len(KINDS)
+    for file in (tmp_path / "test/cat").iterdir():  # a student's transform sees the same
+        assert np.array_equal(models.to_rgb(Image.open(file)), data._rgb(Image.open(file)))
 
 
 def test_folder_takes_transparent_palettes_first_frames_and_orientation(tmp_path):
