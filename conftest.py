@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,9 @@ TIMES = ("seconds", "images_per_second", "data_seconds")
 
 
 def pytest_configure(config):
-    """What torchvision, pycocotools and torch.load warn of is not ours to mend."""
+    """What torchvision, pycocotools and torch.load warn of is not ours to mend. Tests send SIGINT, which a shell's `&`
+    ignores."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torchvision|pycocotools")
     config.addinivalue_line("filterwarnings", "ignore:Detected pickle protocol 118")
 
