@@ -13,8 +13,8 @@ last.pt, best.pt (chosen on the test set) and detections.png, truth beside predi
 import os
 import signal
 
+# Ctrl-C while libraries load, as in train.py
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    # Ctrl-C while libraries load, as in train.py
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"detect.py: interrupted\n"), os._exit(130)))
 
 import argparse

@@ -116,8 +116,9 @@ class MCL(Independent):
         self.embeddings_for_bank = embeddings.detach()
         terms = {"ce": (1, losses.cross_entropy(logits, labels))}
         if rows:
-            _, *bank, same_class = (r if r.dim() < 3 else r[:, -1] for r in rows)     # [N, ., D], the last stage
-            values = losses.mcl_bank_loss(embeddings[:, -1], *bank, same_class, args.tau, args.T)
+            _, own, positive, negatives, same_class = rows
+            last = (r[:, -1] for r in (embeddings, own, positive, negatives))         # [N, ., D], of the last stage
+            values = losses.mcl_bank_loss(*last, same_class, args.tau, args.T)
         else:
             values = losses.mcl_loss(embeddings[:, -1], labels, args.tau, args.T)
         terms |= self.weighted(values)

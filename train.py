@@ -17,8 +17,8 @@ present step, with everything saved; a second one ends it at once.
 import os
 import signal
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:      # a shell's `&` ignores it
-    # Ctrl-C while libraries load, which may swallow exceptions
+# Ctrl-C while libraries load, which may swallow exceptions; a shell's `&` ignores it
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"train.py: interrupted\n"), os._exit(130)))
 
 import argparse
