@@ -1,9 +1,13 @@
-"""What several test files share: a small data set, runs of train.py in this process, comparison of what runs leave."""
+"""What several test files share: a small data set, runs of train.py here or in forks, comparison of what runs leave."""
 
 import itertools
 import json
 import os
 import signal
+import socket
+import sys
+import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -133,3 +137,54 @@ def fails(run, capsys):
         assert left <= {Path("out")} and not os.path.exists("out/last.pt")
 
     return fails
+
+
+# ---------------------------------------------------------------- several processes
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def fork(size, function, folder):
+    """function(rank) in `size` processes that find each other as torchrun's do. Returns the process numbers."""
+    children, port = [], free_port()
+    for rank in range(size):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        status = 99
+        try:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                              MASTER_PORT=str(port))
+            os.chdir(folder)
+            output = os.open(f"output{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1), os.dup2(output, 2)
+            sys.stdout = sys.stderr = open(output, "w", buffering=1)
+            torch.set_num_threads(1)
+            function(rank)
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    return children
+
+
+def wait(children, limit=60):
+    """Their exit statuses, a signal's as a negative number."""
+    ends, began = {}, time.monotonic()
+    while len(ends) < len(children):
+        for child in children:
+            if child not in ends:
+                number, status = os.waitpid(child, os.WNOHANG)
+                if number:
+                    ends[child] = os.waitstatus_to_exitcode(status)
+        assert time.monotonic() - began < limit, "a process does not end"
+        time.sleep(0.01)
+    return [ends[child] for child in children]

@@ -438,9 +438,11 @@ def read_items(load: Callable, batches: list, workers: int, pin_memory: bool = F
             if isinstance(item, DataError):
                 raise item
             yield item
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):  # "Caught ... in DataLoader worker process": an error in load
-            raise
+    except Exception as error:
+        if workers:
+            error.with_traceback(None)  # its frames, DataLoader's, would keep the workers; the message has load's
+        if "DataLoader worker (pid" not in str(error):
+            raise  # an error in load
         raise DataError(f"a process that reads images has ended ({error}): try fewer --workers") from error
     finally:
         items = None  # ends the workers now, though a traceback may keep this frame

@@ -550,9 +550,11 @@ def test_errors_in_workers_are_not_called_broken_images():
         with data.naming("x.png") if isinstance(error, MemoryError) else nullcontext():
             raise error
 
+    before = multiprocessing.active_children()
     for error in (RuntimeError("shapes differ"), MemoryError()):
         with pytest.raises(type(error)):
             list(data.read_items(fail, [error], 1))
+        assert multiprocessing.active_children() == before
 
 
 def test_workers_leave_signals_to_the_program_and_a_killed_one_is_one_line(stream, monkeypatch):

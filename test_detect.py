@@ -6,9 +6,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -19,7 +16,7 @@ import torchvision
 from PIL import Image
 
 import detect
-from conftest import assert_same, read_log
+from conftest import assert_same, fork, read_log, wait
 from devices import Processes
 
 tools = pytest.importorskip("pycocotools.mask")
@@ -372,16 +369,10 @@ def test_resume_evaluate_predict(run, own, capsys, monkeypatch):
     assert "was made on training images of other names" in capsys.readouterr().err
 
 
-def test_two_processes(run, own, capsys):
+def test_two_processes(run, own, tmp_path, capsys):
     """The parts' gradients are averaged, their detections gathered: AP is what one process finds."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    code = "import sys, detect; detect.WIDTH = 8; detect.main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, *training(own, "two", "--max-steps", 1)]
-    shared = dict(PYTHONPATH=str(Path(detect.__file__).parent), OMP_NUM_THREADS="1", WORLD_SIZE="2",
-                  MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    both = [subprocess.Popen(command, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
-    assert [p.wait() for p in both] == [0, 0]
+    children = fork(2, lambda rank: detect.main(training(own, "two", "--max-steps", 1)), tmp_path)
+    assert wait(children) == [0, 0], (tmp_path / "output0.txt").read_text()
     line = read_log("two")[-1]
     run("--evaluate", "two/last.pt", "--device", "cpu", "--workers", 0, out="two")
     assert line["step"] == 1 and detect.words({k: line[k] for k in detect.SCORES}) in capsys.readouterr().out

@@ -11,12 +11,10 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 
 import pytest
@@ -27,7 +25,7 @@ import losses
 import meta
 import options
 import train
-from conftest import draw_images, flags, read_log, results
+from conftest import draw_images, flags, fork, free_port, read_log, results, wait
 from devices import Processes
 from experiment import Run, fingerprint
 
@@ -38,55 +36,6 @@ SHORT = ["--batch-size", "12", "--save-every", "0.0001", "--meta-freq", "3"]    
 CASES = [["--method", name, *PAIR] for name in ("lmcl", "mcl", "deep-supervision", "dml", "afd", "independent")] + [
     ["--method", "lmcl", *MIXED], ["--method", "lmcl", *PAIR, *BANK],
     ["--method", "mcl", *MIXED, *BANK, "--logit-kd"]]
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def fork(size, function, folder):
-    """function(rank) in `size` processes that find each other as torchrun's do. Returns the process numbers."""
-    children, port = [], free_port()
-    for rank in range(size):
-        child = os.fork()
-        if child:
-            children.append(child)
-            continue
-        status = 99
-        try:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                              MASTER_PORT=str(port))
-            os.chdir(folder)
-            output = os.open(f"output{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(output, 1), os.dup2(output, 2)
-            sys.stdout = sys.stderr = open(output, "w", buffering=1)
-            torch.set_num_threads(1)
-            function(rank)
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-    return children
-
-
-def wait(children, limit=60):
-    """Their exit statuses, a signal's as a negative number."""
-    ends, began = {}, time.monotonic()
-    while len(ends) < len(children):
-        for child in children:
-            if child not in ends:
-                number, status = os.waitpid(child, os.WNOHANG)
-                if number:
-                    ends[child] = os.waitstatus_to_exitcode(status)
-        assert time.monotonic() - began < limit, "a process does not end"
-        time.sleep(0.01)
-    return [ends[child] for child in children]
 
 
 # ---------------------------------------------------------------- the same numbers as one process
@@ -279,9 +228,10 @@ def torchrun(folder, *more, images, nodes=()):
 def test_torchrun_on_two_nodes(images, tmp_path):
     """Two agents on this machine, one process each: the same run as torchrun's two on one node."""
     (tmp_path / "one").mkdir()
-    assert wait(fork(2, program(images, "out", "--arch", "resnet8", "--resume"), tmp_path / "one")) == [0, 0]
+    more = ["--arch", "resnet8", "--method", "dml", "--resume"]
+    assert wait(fork(2, program(images, "out", *more), tmp_path / "one")) == [0, 0]
     node = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--node-rank"]
-    agents = [torchrun(tmp_path, images=images, nodes=[*node, str(rank)]) for rank in (0, 1)]
+    agents = [torchrun(tmp_path, *more, images=images, nodes=[*node, str(rank)]) for rank in (0, 1)]
     errors = [agent.communicate(timeout=100)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], errors
     assert results(tmp_path / "out") == results(tmp_path / "one" / "out")
