@@ -191,7 +191,7 @@ def test_the_log_holds_means_over_the_epoch(run, monkeypatch):
 def test_cohorts_of_one_three_and_of_imagenet_students(run):
     """Two steps, evaluation, and a second step but for the last."""
     alone = [["--num-nets", 1, "--method", name] for name in METHODS]
-    for n, more in [*((1, more) for more in alone), (3, ["--arch", "resnet8", "wrn_10_1", "shufflenetv2_0.5"]),
+    for n, more in [*((1, more) for more in alone), (3, ["--arch", "small", "small_12", "small"]),
                     (2, ["--meta-freq", 3, "--arch", "shufflenet_v2_x0_5"])]:
         log = run(*more, "--max-steps", 2, out=more[-1], epochs=1)
         assert len(log[1]["test_top1"]) == n and math.isfinite(log[1]["loss"])
@@ -306,7 +306,8 @@ STREAMED = ["--contrast", "bank", "--negatives", "16", "--stream", "--augment", 
 def test_resumed_equals_uninterrupted(run, more):
     """Stopped inside the first epoch, at its end, and inside the second."""
     run(*more, out="whole")
-    for steps in (1, 1, 3, 5, 2, 0):                                      # 1 again, 2 after 5: nothing left to do
+    nothing_left = (1, 2) if "lmcl" in more else ()
+    for steps in (1, 3, 5, *nothing_left, 0):
         workers = ["--workers", steps % 3] if "--stream" in more and steps in (0, 5) else []
         run(*more, *workers, "--max-steps", steps, "--resume", out="parts")
     assert_same("parts", "whole")
@@ -663,9 +664,9 @@ def test_control_c_while_images_load_ends_at_once(tmp_path):
     (tmp_path / "train/1").symlink_to(first)
     (tmp_path / "test").symlink_to(tmp_path / "train")
     command = [sys.executable, str(HERE / "train.py"), "--dataset", "folder", "--data-dir", tmp_path, "--device", "cpu"]
-    for loading in (False, True):
-        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              text=True) as process:
+    start = lambda: subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for loading, started in ((False, start()), (True, start())):          # both start now
+        with started as process:
             maps = Path(f"/proc/{process.pid}/maps")
             while not loading and maps.exists() and "libtorch" not in maps.read_text():
                 time.sleep(0.01)
