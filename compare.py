@@ -103,6 +103,10 @@ def read_run(path):
         options["classes"] = len(header["classes"])        # another data set, whatever its folder is called
     if isinstance(header.get("digest"), str):
         options["digest"] = header["digest"]               # of the training images' names
+    if options.get("method") == "lmcl":
+        options.setdefault("matching", "learned")          # a log from before --matching
+    else:
+        options.pop("matching", None)                      # logged, but nothing there is matched
     return Run(options, header["args"].get("seed"), epochs)
 
 
@@ -191,7 +195,7 @@ def draw_curves(differing, groups, path):
         for curve in curves:
             axes.plot(curve.keys(), curve.values(), color=colour, linewidth=0.7, alpha=0.6)
         shared = sorted(set.intersection(*map(set, curves)))
-        options = [f"{name} {value}" for name, value in zip(differing, values, strict=True)]
+        options = [f"{name} {value}" for name, value in zip(differing, values, strict=True) if value != "-"]
         sets = " and ".join(sorted({run.chosen_on for run in runs}))
         axes.plot(shared, [mean(curve[e] for curve in curves) for e in shared], color=colour, linewidth=2.5, marker=".",
                   label=f"{', '.join(options)} ({sets}, n = {len(runs)})".replace("$", r"\$"))

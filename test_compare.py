@@ -59,6 +59,15 @@ def test_an_option_missing_in_an_older_log_does_not_differ(tmp_path, capsys):
     assert row["n (seeds)"] == "2 (0 1)" and "augment" not in row
 
 
+def test_matching_is_lmcls_alone_and_learned_in_a_log_from_before_the_option(tmp_path, capsys):
+    paths = [write_log(tmp_path / str(i), epoch(2, 5, 5), seed=i, **options) for i, options in enumerate([
+        {}, {"matching": "learned"}, {"matching": "uniform"}, {"method": "mcl"},
+        {"method": "mcl", "matching": "learned"}])]
+    _, rows, _ = run(capsys, *paths)
+    assert [(row["method"], row["matching"], row["n (seeds)"]) for row in rows] == [
+        ("lmcl", "learned", "2 (0 1)"), ("lmcl", "uniform", "1 (2)"), ("mcl", "-", "2 (3 4)")]
+
+
 def test_how_far_the_first_command_was_to_go_makes_no_group(tmp_path, capsys):
     """The log keeps the first command's options; --resume without --max-steps went on to the end."""
     paths = [write_log(tmp_path / str(s), epoch(1, 4, 4), epoch(2, 5, 5), seed=s, max_steps=5 * s) for s in (0, 1)]
