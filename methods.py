@@ -89,7 +89,7 @@ class DML(Independent):
     def terms(self, images, labels, *rows):
         _, logits = self.students(images)
         return {"ce": (1, losses.cross_entropy(logits, labels)),
-                "kd": (1, losses.mutual_distillation(logits[:, -1], T=1.0))}
+                "kd": (1, losses.mutual_distillation(logits[:, -1], self.args.T))}
 
 
 class MCL(Independent):

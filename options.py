@@ -173,7 +173,7 @@ def parse(description, argv=None, program="train.py"):
                 + ", which cannot be matched")
     if args.out_dir is None:
         students = "+".join(args.arch) if len(set(args.arch)) > 1 else f"{args.arch[0]}x{len(args.arch)}"
-        usual = fill(p.parse_args(["--dataset", args.dataset] if args.dataset else []))
+        usual = fill(p.parse_args(["--method", args.method] + (["--dataset", args.dataset] if args.dataset else [])))
         first = dict(dataset=args.dataset, method=args.method, arch=students, seed=args.seed)
         args.out_dir = default_name(args, usual, first)
     return args
@@ -186,7 +186,8 @@ def fill(args):
         args.num_nets = 2 if len(args.arch) == 1 else len(args.arch)
     if len(args.arch) == 1:
         args.arch = args.arch * args.num_nets
-    fill_recipe(args, {**RECIPES["imagenet" if args.dataset == "imagenet" else "others"], "T": 3.0})
+    recipe = RECIPES["imagenet" if args.dataset == "imagenet" else "others"]
+    fill_recipe(args, {**recipe, "T": 1.0 if args.method == "dml" else 3.0})
     fill_recipe(args, {"batches": "pairs" if args.contrast == "batch" else "uniform"})
     if not (args.evaluate or args.predict):                # these take a checkpoint's own data set
         args.dataset, args.data_dir = args.dataset or "cifar100", args.data_dir or "data"

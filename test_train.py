@@ -84,6 +84,8 @@ def test_default_out_dirs_name_what_differs():
     assert where("--arch", "resnet8", "--arch", "wrn_10_1", "--tau", "0.2", "--logit-kd", "--method", "mcl") == \
         "out/cifar100-mcl-resnet8+wrn_10_1-0-logit-kd-True-tau-0.2"
     assert where("--epochs", "300") == where() != where("--epochs", "200")
+    assert where("--method", "dml") == "out/cifar100-dml-resnet32x2-0"      # though its T is another one
+    assert [options.parse("", ["--method", m]).T for m in ("dml", "afd", "lmcl")] == [1, 3, 3]
 
 
 def test_outputs(run, capsys, images):
