@@ -21,6 +21,7 @@ class Independent(nn.Module):
     """backbones alone, cross-entropy: the published baseline"""
 
     branches = embeddings = False                          # what the cohort has beside its backbones
+    T = 3.0                                                # --T where it is not given
     second_every, second_name = 0, ""                      # second_step after every so many steps; 0: never
 
     def __init__(self, args, num_classes, train_labels=None):
@@ -85,6 +86,8 @@ class DeepSupervision(Independent):
 
 class DML(Independent):
     """backbones alone, deep mutual learning: KL towards every other's prediction, T = 1 (CVPR 2018)"""
+
+    T = 1.0
 
     def terms(self, images, labels, *rows):
         _, logits = self.students(images)

@@ -186,8 +186,8 @@ def fill(args):
         args.num_nets = 2 if len(args.arch) == 1 else len(args.arch)
     if len(args.arch) == 1:
         args.arch = args.arch * args.num_nets
-    recipe = RECIPES["imagenet" if args.dataset == "imagenet" else "others"]
-    fill_recipe(args, {**recipe, "T": 1.0 if args.method == "dml" else 3.0})
+    fill_recipe(args, RECIPES["imagenet" if args.dataset == "imagenet" else "others"])
+    fill_recipe(args, {"T": METHODS[args.method].T})
     fill_recipe(args, {"batches": "pairs" if args.contrast == "batch" else "uniform"})
     if not (args.evaluate or args.predict):                # these take a checkpoint's own data set
         args.dataset, args.data_dir = args.dataset or "cifar100", args.data_dir or "data"
