@@ -17,7 +17,7 @@ z_a^l    embeddings   unit embedding of student a at stage l         [N, L, B, D
 y        labels       class of each sample                           [B], int64
 tau      tau          temperature of the contrastive distributions   0.1 CIFAR, 0.07 ImageNet
 T        T            extra temperature of every KL term             3
-S(u,v)   scores       u v^T / tau; row i belongs to anchor i         [..., B, M]; M = B in the batch; with a bank
+sim(u,v) scores       u v^T / tau, entries s_ij; row i is anchor i   [..., B, M]; M = B in the batch; with a bank
                                                                      K + 2 between sets, K + 1 within one
 P(i)     positive     true where column j is a positive of anchor i  [B, M]
          excluded     true where column j is no candidate of i       [B, M]
@@ -41,7 +41,7 @@ import torch.nn.functional as F
 # ---------------------------------------------------------------- scores and the two per-anchor losses
 
 def similarity(u, v, tau):
-    """S(u, v) = u v^T / tau in float32 or wider, under autocast too.  [..., B, D], [..., M, D] -> [..., B, M]."""
+    """sim(u, v) = u v^T / tau in float32 or wider, under autocast too.  [..., B, D], [..., M, D] -> [..., B, M]."""
     with torch.autocast(u.device.type, enabled=False):
         return at_least_float32(u) @ at_least_float32(v).mT / tau
 
@@ -49,24 +49,24 @@ def similarity(u, v, tau):
 def batch_masks(labels):
     """positive: j is another sample of i's class; excluded: j = i.  labels [B] -> two bool masks [B, B]."""
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    same = labels[:, None] == labels[None, :]                             # [B, B]
+    same = labels[:, None] == labels[None, :]  # [B, B]
     return same & ~itself, itself
 
 
 def nce(scores, positive, excluded):
     """Supervised InfoNCE of each anchor, over the candidate columns k, those not excluded.
 
-        nce_i = - mean_{j in P(i)} log [ exp S_ij / sum_k exp S_ik ]
-              = logsumexp_k S_ik - mean_{j in P(i)} S_ij
+        nce_i = - mean_{j in P(i)} log [ exp s_ij / sum_k exp s_ik ]
+              = logsumexp_k s_ik - mean_{j in P(i)} s_ij
 
     scores [..., B, M], excluded [B, M], positive [B, M'] or [1, M'] -> [..., B]. With M' < M the columns from M' on are
     never positive; a bank's negatives are then not multiplied by zeros. Anchors without a positive give 0.
     """
     # The lowest finite number instead of -inf: exp gives the same 0, and a row without candidates stays finite.
-    partition = scores.masked_fill(excluded, torch.finfo(scores.dtype).min).logsumexp(-1)     # [..., B]
-    count = positive.sum(-1, dtype=scores.dtype)                          # [B]
-    target = positive / count.clamp(min=1)[:, None]                       # [B, M'], rows sum to 1 or 0
-    attraction = (scores[..., :target.shape[-1]] * target).sum(-1)        # [..., B]
+    partition = scores.masked_fill(excluded, torch.finfo(scores.dtype).min).logsumexp(-1)  # [..., B]
+    count = positive.sum(-1, dtype=scores.dtype)  # [B]
+    target = positive / count.clamp(min=1)[:, None]  # [B, M'], rows sum to 1 or 0
+    attraction = (scores[..., :target.shape[-1]] * target).sum(-1)  # [..., B]
     return (partition - attraction) * (count > 0)
 
 
@@ -149,7 +149,7 @@ def icl(z_a, z_b, labels, tau=0.1):
 
 
 def soft_vcl(z_a, z_b, tau=0.1, T=3.0):
-    """Soft VCL, a learns from b: kl of softmax(S(z_a,z_a)/T) towards softmax(S(z_b,z_b)/T).
+    """Soft VCL, a learns from b: kl of softmax(sim(z_a,z_a)/T) towards softmax(sim(z_b,z_b)/T).
 
     z_a, z_b [B, D] -> scalar, the mean over all anchors. z_b is constant; the reverse direction is
     soft_vcl(z_b, z_a). Source: arXiv 2104.12565.
@@ -160,7 +160,7 @@ def soft_vcl(z_a, z_b, tau=0.1, T=3.0):
 
 
 def soft_icl(z_a, z_b, tau=0.1, T=3.0):
-    """Soft ICL, a's view learns from b's: kl of softmax(S(z_a,z_b)/T) towards softmax(S(z_b,z_a)/T).
+    """Soft ICL, a's view learns from b's: kl of softmax(sim(z_a,z_b)/T) towards softmax(sim(z_b,z_a)/T).
 
     z_a, z_b [B, D] -> scalar, the mean over all anchors. The second distribution is constant; both z_a
     and z_b get gradient through the first. The reverse direction is soft_icl(z_b, z_a). Source: arXiv 2104.12565.
@@ -179,15 +179,15 @@ def batch_pairs(z, positive, excluded, tau, T):
     z [S, B, D], masks [B, B] -> dict: vcl [S, 1, B] (it depends on s alone), icl, soft_vcl, soft_icl [S, S, B].
     """
     S, B, _ = z.shape
-    rows = z.flatten(0, 1)                                                # [S*B, D]
-    gram = similarity(rows, rows, tau).view(S, B, S, B).transpose(1, 2)   # [S, S, B, B], block (s, t) = S(z_s, z_t)
-    hard = nce(gram, positive, excluded)                                  # [S, S, B]
-    log_p = log_probabilities(gram, T)                                    # [S, S, B, B]
-    within = log_p.diagonal(dim1=0, dim2=1).movedim(-1, 0)                # [S, B, B], the blocks (s, s)
-    return dict(vcl=hard.diagonal(dim1=0, dim2=1).T[:, None],             # [S, 1, B]
-                soft_vcl=kl(within[:, None], within[None, :], T),         # [S, S, B]
+    rows = z.flatten(0, 1)  # [S*B, D]
+    gram = similarity(rows, rows, tau).view(S, B, S, B).transpose(1, 2)  # [S, S, B, B], block (s, t) = sim(z_s, z_t)
+    hard = nce(gram, positive, excluded)  # [S, S, B]
+    log_p = log_probabilities(gram, T)  # [S, S, B, B]
+    within = log_p.diagonal(dim1=0, dim2=1).movedim(-1, 0)  # [S, B, B], the blocks (s, s)
+    return dict(vcl=hard.diagonal(dim1=0, dim2=1).T[:, None],  # [S, 1, B]
+                soft_vcl=kl(within[:, None], within[None, :], T),  # [S, S, B]
                 icl=hard,
-                soft_icl=kl(log_p, log_p.transpose(0, 1), T))             # [S, S, B]
+                soft_icl=kl(log_p, log_p.transpose(0, 1), T))  # [S, S, B]
 
 
 def bank_pairs(z, own, positive, negatives, same_class, tau, T):
@@ -201,25 +201,25 @@ def bank_pairs(z, own, positive, negatives, same_class, tau, T):
     S, B, _ = z.shape
     K, z = negatives.shape[1], at_least_float32(z)
     own, positive, negatives = (rows.detach().to(z.dtype) for rows in (own, positive, negatives))
-    near = similarity(z.transpose(0, 1), torch.cat([own, positive]).transpose(0, 1), tau)     # [B, S, 2*S]
-    near = near.view(B, S, 2, S).permute(1, 3, 0, 2)                                          # [S, S, B, 2]
-    far = similarity(z.flatten(0, 1), negatives.flatten(0, 1), tau)                           # [S*B, S*K]
-    far = far.view(S, B, S, K).transpose(1, 2)                                                # [S, S, B, K]
-    between = torch.cat([near, far], -1)                                                      # [S, S, B, K+2]
-    within = between.diagonal(dim1=0, dim2=1).movedim(-1, 0)[..., 1:]     # [S, B, K+1], the blocks (s, s)
-    first = torch.ones(1, 2, dtype=torch.bool, device=z.device)           # [1, 2], the positives
-    excluded = F.pad(same_class, (2, 0))                                  # [B, K+2], never excludes the first two
-    log_p = log_probabilities(between, T, excluded)                       # [S, S, B, K+2]
-    log_p_within = log_probabilities(within, T, excluded[:, 1:])          # [S, B, K+1]
+    near = similarity(z.transpose(0, 1), torch.cat([own, positive]).transpose(0, 1), tau)  # [B, S, 2*S]
+    near = near.view(B, S, 2, S).permute(1, 3, 0, 2)  # [S, S, B, 2]
+    far = similarity(z.flatten(0, 1), negatives.flatten(0, 1), tau)  # [S*B, S*K]
+    far = far.view(S, B, S, K).transpose(1, 2)  # [S, S, B, K]
+    between = torch.cat([near, far], -1)  # [S, S, B, K+2]
+    within = between.diagonal(dim1=0, dim2=1).movedim(-1, 0)[..., 1:]  # [S, B, K+1], the blocks (s, s)
+    first = torch.ones(1, 2, dtype=torch.bool, device=z.device)  # [1, 2], the positives
+    excluded = F.pad(same_class, (2, 0))  # [B, K+2], never excludes the first two
+    log_p = log_probabilities(between, T, excluded)  # [S, S, B, K+2]
+    log_p_within = log_probabilities(within, T, excluded[:, 1:])  # [S, B, K+1]
     return dict(vcl=nce(within, first[:, 1:], excluded[:, 1:])[:, None],  # [S, 1, B]
-                soft_vcl=kl(log_p_within[:, None], log_p_within[None, :], T),   # [S, S, B]
-                icl=nce(between, first, excluded),                        # [S, S, B]
-                soft_icl=kl(log_p, log_p.transpose(0, 1), T))             # [S, S, B]
+                soft_vcl=kl(log_p_within[:, None], log_p_within[None, :], T),  # [S, S, B]
+                icl=nce(between, first, excluded),  # [S, S, B]
+                soft_icl=kl(log_p, log_p.transpose(0, 1), T))  # [S, S, B]
 
 
 def mcl_sums(values, valid):
     """MCL's sums of batch means; the soft terms keep all anchors.  values: of batch_pairs, S = N; valid [B] -> dict."""
-    others = ~torch.eye(len(values["icl"]), dtype=torch.bool, device=valid.device)[..., None]   # [N, N, 1], a != b
+    others = ~torch.eye(len(values["icl"]), dtype=torch.bool, device=valid.device)[..., None]  # [N, N, 1], a != b
     return dict(vcl=mean_over_anchors(values["vcl"], valid).sum(),
                 soft_vcl=(values["soft_vcl"] * others).mean(-1).sum(),
                 icl=mean_over_anchors(values["icl"] * others, valid).sum(),
@@ -234,9 +234,9 @@ def lmcl_sums(values, weights, valid):
     sum_{s,t} lambda_st (V_s + V_t) = 2 sum_{s,t} lambda_st V_s, and so on for ICL, Soft VCL and Soft ICL.
     """
     N, L, _, _, B = weights.shape
-    same = torch.eye(N, dtype=torch.bool, device=weights.device)[:, None, :, None, None]      # [N, 1, N, 1, 1], a = b
-    w = weights.masked_fill(same, 0).reshape(N * L, N * L, B)             # [S, S, B]
-    total = {k: 2 * (w * v).sum((0, 1)) for k, v in values.items()}       # [B] each
+    same = torch.eye(N, dtype=torch.bool, device=weights.device)[:, None, :, None, None]  # [N, 1, N, 1, 1], a = b
+    w = weights.masked_fill(same, 0).reshape(N * L, N * L, B)  # [S, S, B]
+    total = {k: 2 * (w * v).sum((0, 1)) for k, v in values.items()}  # [B] each
     return dict(vcl=mean_over_anchors(total["vcl"], valid), soft_vcl=total["soft_vcl"].mean(),
                 icl=mean_over_anchors(total["icl"], valid), soft_icl=total["soft_icl"].mean())
 
@@ -267,7 +267,7 @@ def mcl_bank_loss(embeddings, own, positive, negatives, same_class, tau=0.07, T=
     """
     _check("mcl_bank_loss", embeddings=(embeddings, "N B D"), own=(own, "N B D"), positive=(positive, "N B D"),
            negatives=(negatives, "N K D"), same_class=(same_class, "B K"))
-    valid = embeddings.new_ones(embeddings.shape[-2], dtype=torch.bool)   # [B], every anchor has a positive
+    valid = embeddings.new_ones(embeddings.shape[-2], dtype=torch.bool)  # [B], every anchor has a positive
     return mcl_sums(bank_pairs(embeddings, own, positive, negatives, same_class, tau, T), valid)
 
 
@@ -297,8 +297,8 @@ def lmcl_bank_loss(embeddings, own, positive, negatives, same_class, weights=Non
     _check("lmcl_bank_loss", embeddings=(embeddings, "N L B D"), own=(own, "N L B D"), positive=(positive, "N L B D"),
            negatives=(negatives, "N L K D"), same_class=(same_class, "B K"), weights=(weights, "N L N L B"))
     weights = _ones(embeddings) if weights is None else weights
-    valid = embeddings.new_ones(embeddings.shape[-2], dtype=torch.bool)   # [B], every anchor has a positive
-    sets = (t.flatten(0, 1) for t in (embeddings, own, positive, negatives))                  # [S, ., D]
+    valid = embeddings.new_ones(embeddings.shape[-2], dtype=torch.bool)  # [B], every anchor has a positive
+    sets = (t.flatten(0, 1) for t in (embeddings, own, positive, negatives))  # [S, ., D]
     return lmcl_sums(bank_pairs(*sets, same_class, tau, T), weights, valid)
 
 
@@ -315,10 +315,10 @@ def mutual_information_bound(embeddings, labels, tau=0.1):
     """
     _check("mutual_information_bound", embeddings=(embeddings, "N B D"), labels=(labels, "B"))
     positive, excluded = batch_masks(labels)
-    values = nce(similarity(embeddings[:, None], embeddings, tau), positive, excluded)        # [N, N, B]
-    pairs = values.sum((0, 1)) - values.diagonal().sum(-1)                # [B], over a != b
+    values = nce(similarity(embeddings[:, None], embeddings, tau), positive, excluded)  # [N, N, B]
+    pairs = values.sum((0, 1)) - values.diagonal().sum(-1)  # [B], over a != b
     N, B = embeddings.shape[:2]
-    log_K = (B - 1 - positive.sum(-1, dtype=values.dtype)).clamp(min=1).log()                 # [B]
+    log_K = (B - 1 - positive.sum(-1, dtype=values.dtype)).clamp(min=1).log()  # [B]
     return mean_over_anchors(log_K - pairs / max(1, N * (N - 1)), positive.any(-1))
 
 
@@ -329,7 +329,7 @@ def cross_entropy(logits, labels):
 
     logits [..., B, C], labels [B] int64 -> scalar, in float32 or wider.
     """
-    rows = at_least_float32(logits).reshape(-1, logits.shape[-1])         # [heads*B, C]
+    rows = at_least_float32(logits).reshape(-1, logits.shape[-1])  # [heads*B, C]
     heads = math.prod(logits.shape[:-2])
     return heads * F.cross_entropy(rows, labels.repeat(heads))
 
@@ -350,7 +350,7 @@ def mutual_distillation(logits, T=1.0):
     logits [N, B, C] -> scalar; 0 for one student. T = 1: deep mutual learning (Zhang et al., CVPR 2018).
     """
     N = len(logits)
-    others = ~torch.eye(N, dtype=torch.bool, device=logits.device)        # [N, N], a != b
+    others = ~torch.eye(N, dtype=torch.bool, device=logits.device)  # [N, N], a != b
     return (distillation(logits[:, None], logits[None], T) * others).sum() / max(1, N - 1)
 
 
@@ -380,7 +380,7 @@ def at_least_float32(t):
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-DTYPES = {"labels": "integers", "same_class": "booleans"}                 # all other arguments: floats
+DTYPES = {"labels": "integers", "same_class": "booleans"}  # all other arguments: floats
 
 
 def _check(name, **arguments):
@@ -409,10 +409,10 @@ def _check_lengths(name, key, z):
     if z.device.type != "cpu" or torch.compiler.is_compiling():
         return
     try:
-        z = z.detach().numpy().astype("float32")                          # NumPy: no dispatched operation
-    except (RuntimeError, TypeError):                                     # no data (torch.func, FakeTensor) or bfloat16
+        z = z.detach().numpy().astype("float32")  # NumPy: no dispatched operation
+    except (RuntimeError, TypeError):  # no data (torch.func, FakeTensor) or bfloat16
         return
     lengths = (z * z).sum(-1) ** 0.5
-    wrong = lengths[(abs(lengths - 1) > 0.01) & (lengths > 0)]            # NaN passes: the loss shows it
+    wrong = lengths[(abs(lengths - 1) > 0.01) & (lengths > 0)]  # NaN passes: the loss shows it
     if len(wrong):
         raise ValueError(f"{name}: {key} must be unit vectors (F.normalize), got length {wrong[0]:.3g}")

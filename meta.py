@@ -1,22 +1,21 @@
-"""Layer matching: the meta-network, its exact gradient through virtual SGD steps, and the picture of what it learned.
+"""Layer matching: the meta-network, its exact gradient through virtual SGD steps, and the meta step.
 
 Yang et al., TPAMI 2023 (arXiv 2207.11518).
 
-symbol       variable       meaning                                                       shape / default
------------  -------------  ------------------------------------------------------------  ------------------
-f_a^l        features       pooled features of student a at stage l                       N tensors [L, B, d_a]
-lambda       weights        sigmoid(<unit(W_a^l f_a^l), unit(W_b^m f_b^m)>)                [N, L, N, L, B]
-phi          meta_params    the meta-network's parameters W
-theta        params         students, branches and embedding MLPs
-v            v              momentum buffers of the virtual steps, 0 at first             as theta
-K            inner_steps    virtual steps on the contrastive loss; one more on the task   2
-                            loss follows, so k = 0 .. K
-eta          lr             learning rate of the virtual steps                            0.1, by the schedule
-mu           momentum                                                                     0.9
-wd           weight_decay                                                                 5e-4
+symbol  variable      meaning                                              shape / default
+------  ------------  ---------------------------------------------------  ---------------------
+f_a^l   features      pooled features of student a at stage l              N tensors [L, B, d_a]
+lambda  matching      sigmoid(<unit(W_a^l f_a^l), unit(W_b^m f_b^m)>)      [N, L, N, L, B]
+phi     meta_params   the meta-network's parameters W
+theta   params        students, branches and embedding MLPs
+v       v             momentum buffers of the virtual steps, 0 at first    as theta
+Q       inner_steps   virtual steps on the contrastive loss; one more on   2
+                      the task loss follows, so k = 0 .. Q
+eta     lr            learning rate of the virtual steps                   0.1, by the schedule
+mu      momentum                                                           0.9
+wd      weight_decay                                                       5e-4
 """
 
-import math
 import warnings
 from contextlib import contextmanager
 
@@ -24,92 +23,101 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch.func import functional_call
 
-from second_order import FastSecondDerivatives
+from support.second_order import FastSecondDerivatives
 
 
 class MatchingNetwork(nn.Module):
     """lambda^{l,m}_{a,b}(x) = sigmoid(< unit(W_a^l f_a^l(x)), unit(W_b^m f_b^m(x)) >), in (0.27, 0.73).
 
-    widths: d_a of each student; stages: L. Called with features, a list over students of [L, B, d_a];
-    returns weights [N, L, N, L, B], symmetric. The a = b blocks are there and mean nothing.
+    widths: d_a of each student; stages: L. Called with features, a list over students of [L, B,
+    d_a]; returns lambda [N, L, N, L, B], symmetric. The a = b blocks are there and mean nothing.
     """
 
     def __init__(self, widths, stages, dim=128):
         super().__init__()
-        self.projections = nn.ModuleList(nn.ModuleList(nn.Linear(d, dim) for _ in range(stages)) for d in widths)
+        self.projections = nn.ModuleList(
+            nn.ModuleList(nn.Linear(d, dim) for _ in range(stages)) for d in widths)
 
     def forward(self, features):
-        u = torch.stack([torch.stack([W(f_al) for W, f_al in zip(W_a, f_a, strict=True)])
-                         for W_a, f_a in zip(self.projections, features, strict=True)])   # [N, L, B, dim]
+        u = []
+        for W_a, f_a in zip(self.projections, features, strict=True):
+            u.append(torch.stack([W(f_al) for W, f_al in zip(W_a, f_a, strict=True)]))
+        u = torch.stack(u)  # [N, L, B, dim]
         with torch.autocast(u.device.type, enabled=False):
             u = F.normalize(u.to(torch.promote_types(u.dtype, torch.float32)), dim=-1)
-            return torch.einsum("albd,cmbd->alcmb", u, u).sigmoid()                   # [N, L, N, L, B]
+            return torch.einsum("albd,cmbd->alcmb", u, u).sigmoid()  # [N, L, N, L, B]
 
 
 # ---------------------------------------------------------------- the exact hypergradient
 
-def hypergradient(inner_loss, outer_loss, params, meta_params, *, inner_steps, lr, momentum, weight_decay,
-                  forward_mode=False, average=None):
-    """d outer_loss(theta_{K+1}) / d phi, the total derivative through K + 1 virtual SGD steps from theta_0 = params:
+def hypergradient(inner_loss, outer_loss, params, meta_params, *, inner_steps, lr, momentum,
+                  weight_decay, forward_mode=False, average=None):
+    """d outer_loss(theta_{Q+1}) / d phi, the total derivative through Q + 1 virtual SGD steps from params.
 
-        v_{k+1} = mu v_k + g_k(theta_k, phi) + wd theta_k,   theta_{k+1} = theta_k - eta v_{k+1},   v_0 = 0
+    theta_0 = params, v_0 = 0, and for k = 0 .. Q
 
-    with g_k the gradient that autograd gives, of inner_loss for k < K = inner_steps and of outer_loss for the last
-    step, k = K.
+        v_{k+1} = mu v_k + g_k(theta_k, phi) + wd theta_k,   theta_{k+1} = theta_k - eta v_{k+1}
 
-    Reverse recursion. Let a and b be the derivatives of the result for theta_{k+1} and v_{k+1}, taken as
-    two separate inputs of the steps after k. But theta_{k+1} contains v_{k+1} with factor -eta, so the
-    full derivative for v_{k+1} is
+    with g_k the gradient that autograd gives, of inner_loss for k < Q = inner_steps and of
+    outer_loss for the last step, k = Q.
 
-        u = b - eta a.
+    Reverse recursion. Let d_theta and d_v be the derivatives of the result for theta_{k+1} and
+    v_{k+1}, taken as two separate inputs of the steps after k. But theta_{k+1} contains v_{k+1}
+    with factor -eta, so the full derivative for v_{k+1} is
+
+        u = d_v - eta d_theta.
 
     v_{k+1} contains g_k, wd theta_k and mu v_k, and theta_{k+1} contains theta_k. With the Jacobian
     J_k = dg_k/dtheta_k (the Hessian, unless the loss holds a part of itself constant) therefore
 
-        dL/dphi     += u^T dg_k/dphi
-        dL/dtheta_k  = a + wd u + J_k^T u      (the next a)
-        dL/dv_k      = mu u                    (the next b)
+        d_phi   += u^T dg_k/dphi
+        d_theta  = d_theta + wd u + J_k^T u    (for theta_k)
+        d_v      = mu u                        (for v_k)
 
-    J_k^T u and u^T dg_k/dphi are the gradients of the one scalar X = <g_k(theta_k, phi), u>, u constant.
-    For k = 0 only the part for phi is needed. X is also the directional derivative of the loss along u,
-    d/deps inner_loss(theta_0 + eps u): with forward_mode=True one forward pass with tangents replaces two
-    backward passes. That is right where phi acts behind the last normalisation layer (in front of one it may be
-    wrong: PyTorch's forward mode, differentiated again, takes the statistics of some for constants) and where the
-    loss holds things constant by .detach(), not by torch.no_grad(), which lets tangents through. Both hold in
-    meta_step.
-    (What a loss detaches is constant in both modes; losses.py shows how a constant can still be seen to move
-    from one step to the next.)
+    J_k^T u and u^T dg_k/dphi are the gradients of the one scalar X = <g_k(theta_k, phi), u>, u
+    constant. For k = 0 only the part for phi is needed. X is also the directional derivative of
+    the loss along u, d/deps inner_loss(theta_0 + eps u): with forward_mode=True one forward pass
+    with tangents replaces two backward passes. That is right where phi acts behind the last
+    normalisation layer. In front of one it may be wrong: PyTorch's forward mode, differentiated
+    again, takes the statistics of some for constants. And it is right where the loss holds things
+    constant by .detach(), not by torch.no_grad(), which lets tangents through. Both hold in
+    meta_step. What a loss detaches is constant in both modes; losses.py shows how a constant can
+    still be seen to move from one step to the next.
 
-    Only theta_0 .. theta_K are kept, and each step is computed again, so the memory is that of one step.
+    Only theta_0 .. theta_Q are kept, and each step is computed again, so the memory is that of
+    one step.
 
-    Several processes. inner_loss and outer_loss are this process's own, on its part of the batch; the losses of the
-    formulas are their means over processes. average(vector) returns the mean over processes of a flat vector. It is
-    called 2K + 4 times (2K + 3 with forward_mode): for g_k, the first a, J_k^T u, and the result. So theta_k, a, b
-    and u are the same everywhere. The g_k inside X is this process's own: differentiation is linear, so the mean of
-    the derivatives of the local X is the derivative of the mean X. An average inside X would put a collective call
-    into the graph and count other processes' derivatives as constants.
+    Several processes. inner_loss and outer_loss are this process's own, on its part of the batch;
+    the losses of the formulas are their means over processes. average(vector) returns the mean
+    over processes of a flat vector. It is called 2Q + 4 times (2Q + 3 with forward_mode): for
+    g_k, the first d_theta, J_k^T u, and the result. So theta_k, d_theta, d_v and u are the same
+    everywhere. The g_k inside X is this process's own: differentiation is linear, so the mean of
+    the derivatives of the local X is the derivative of the mean X. An average inside X would put
+    a collective call into the graph and count other processes' derivatives as constants.
 
-    inner_loss(params), outer_loss(params): take a list of tensors in the order of `params`, return a scalar; they
-    reach phi by closure. params have one dtype and do not change. Returns one tensor for each meta parameter, zeros
-    where the loss does not depend on it. Source: arXiv 2207.11518, with momentum and weight decay.
+    inner_loss(params), outer_loss(params): take a list of tensors in the order of `params`,
+    return a scalar; they reach phi by closure. params have one dtype and do not change. Returns
+    one tensor for each meta parameter, zeros where the loss does not depend on it. Source: arXiv
+    2207.11518, with momentum and weight decay.
     """
-    local = _local_hypergradient(inner_loss, outer_loss, params, meta_params, inner_steps, lr, momentum, weight_decay,
-                                 forward_mode, average)
+    local = _local_hypergradient(inner_loss, outer_loss, params, meta_params, inner_steps, lr,
+                                 momentum, weight_decay, forward_mode, average)
     return _mean(local, meta_params, average)
 
 
 @torch.enable_grad()
-def _local_hypergradient(inner_loss, outer_loss, params, meta_params, inner_steps, lr, momentum, weight_decay,
-                         forward_mode, average):
+def _local_hypergradient(inner_loss, outer_loss, params, meta_params, inner_steps, lr, momentum,
+                         weight_decay, forward_mode, average):
     """This process's part of the hypergradient, which is the mean of all processes' parts."""
     flat = FlatVector(params)
     mean = average or (lambda vector: vector)
-    losses = [lambda theta: inner_loss(flat.views(theta))] * inner_steps + [lambda theta: outer_loss(flat.views(theta))]
+    inner = lambda theta: inner_loss(flat.views(theta))
+    outer = lambda theta: outer_loss(flat.views(theta))
+    losses = [inner] * inner_steps + [outer]
 
-    theta, trajectory = flat.concatenate(params), []                      # theta, v, a, b, u: one vector each
+    theta, trajectory = flat.concatenate(params), []  # theta, v, d_theta, d_v, u: one vector each
     v = torch.zeros_like(theta)
     for loss in losses:
         trajectory.append(theta)
@@ -117,17 +125,18 @@ def _local_hypergradient(inner_loss, outer_loss, params, meta_params, inner_step
         v = momentum * v + mean(g) + weight_decay * theta
         theta = theta - lr * v
 
-    a, *d_phi = _gradients(losses[-1], theta, meta_params)
-    a = mean(a)
-    b = torch.zeros_like(a)
+    d_theta, *d_phi = _gradients(losses[-1], theta, meta_params)
+    d_theta = mean(d_theta)
+    d_v = torch.zeros_like(d_theta)
     for k in reversed(range(len(losses))):
-        u = b - lr * a
+        u = d_v - lr * d_theta
         if k == 0 and forward_mode:
-            part = _mixed_product(losses[k], trajectory[k], u, meta_params)
+            through_g = _mixed_product(losses[k], trajectory[k], u, meta_params)
         else:
-            Ju, *part = _second_order_products(losses[k], trajectory[k], u, meta_params)
-            a, b = a + weight_decay * u + mean(Ju), momentum * u
-        d_phi = [d + p for d, p in zip(d_phi, part, strict=True)]
+            Ju, *through_g = _second_order_products(losses[k], trajectory[k], u, meta_params)
+            d_theta = d_theta + weight_decay * u + mean(Ju)
+            d_v = momentum * u
+        d_phi = [d + more for d, more in zip(d_phi, through_g, strict=True)]
     return d_phi
 
 
@@ -147,7 +156,8 @@ def _second_order_products(loss, theta, u, meta_params):
 def _mixed_product(loss, theta, u, meta_params):
     """u^T dg/dphi alone: the gradient of X = d/deps loss(theta + eps u), which forward mode gives."""
     with forward_ad.dual_level(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")   # PyTorch's own forward mode uses it
+        # PyTorch's own forward mode uses it
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
         with FastSecondDerivatives():
             X = forward_ad.unpack_dual(loss(forward_ad.make_dual(theta, u))).tangent
     return _grad(X, meta_params)
@@ -163,23 +173,30 @@ def _grad(scalar, inputs, create_graph=False):
 class FlatVector:
     """Tensors as one vector and back. The views have the shapes and strides of `params`.
 
-    Each tensor goes in and out in the order of its parameter's memory: a channels_last weight cut out as NCHW would
-    be converted again by every convolution.
+    Each tensor goes in and out in the order of its parameter's memory: a channels_last weight cut
+    out as NCHW would be converted again by every convolution.
     """
 
     def __init__(self, params):
         self.sizes = [p.numel() for p in params]
-        self.orders = [sorted(range(p.dim()), key=lambda axis: (-p.stride(axis), -p.shape[axis])) for p in params]
-        self.shapes = [[p.shape[axis] for axis in order] for p, order in zip(params, self.orders, strict=True)]
-        self.inverses = [[order.index(axis) for axis in range(len(order))] if order != sorted(order) else None
-                         for order in self.orders]
+        self.orders, self.shapes, self.inverses = [], [], []
+        for p in params:
+            order = sorted(range(p.dim()), key=lambda axis: (-p.stride(axis), -p.shape[axis]))
+            inverse = [order.index(axis) for axis in range(p.dim())]
+            self.orders.append(order)
+            self.shapes.append([p.shape[axis] for axis in order])
+            self.inverses.append(inverse if order != sorted(order) else None)
 
     def concatenate(self, tensors):
-        return torch.cat([t.detach().permute(order).reshape(-1) for t, order in zip(tensors, self.orders, strict=True)])
+        pairs = zip(tensors, self.orders, strict=True)
+        return torch.cat([t.detach().permute(order).reshape(-1) for t, order in pairs])
 
     def views(self, vector):
-        return [part.view(shape).permute(inverse) if inverse else part.view(shape)
-                for part, shape, inverse in zip(vector.split(self.sizes), self.shapes, self.inverses, strict=True)]
+        views, parts = [], vector.split(self.sizes)
+        for part, shape, inverse in zip(parts, self.shapes, self.inverses, strict=True):
+            view = part.view(shape)
+            views.append(view.permute(inverse) if inverse else view)
+        return views
 
 
 def _mean(tensors, params, average):
@@ -191,7 +208,7 @@ def _mean(tensors, params, average):
 
 
 def average_gradients(module, average):
-    """Each parameter's gradient becomes its mean over processes; average as in hypergradient, None: nothing happens."""
+    """Each parameter's gradient becomes its mean over processes; average as in hypergradient or None."""
     params = [p for p in module.parameters() if p.grad is not None]
     for p, grad in zip(params, _mean([p.grad for p in params], params, average), strict=True):
         p.grad = grad
@@ -199,26 +216,30 @@ def average_gradients(module, average):
 
 # ---------------------------------------------------------------- the meta step
 
-def meta_step(students, matching, optimizer, images, contrast, task, *, inner_steps, lr, momentum, weight_decay,
-              average=None):
+def meta_step(students, matching_network, optimizer, images, inner_loss, outer_loss, *, inner_steps,
+              lr, momentum, weight_decay, average=None):
     """One step of the meta-network's optimizer along the exact hypergradient; nothing else keeps a trace.
 
-    students(images) -> (features, embeddings, logits): the module whose parameters are theta; frozen ones stay.
-    contrast(embeddings, weights) -> scalar: the loss of the inner virtual steps, L_L-MCL.
-    task(logits) -> scalar: the loss of the last virtual step and of the evaluation.
-    lr, momentum, weight_decay: of the virtual steps. optimizer: the meta-network's own.
-    average: as in hypergradient; images and losses are then this process's own.
+    students(images) -> (features, embeddings, logits): the module whose parameters are theta;
+    frozen ones stay. inner_loss(embeddings, matching) -> scalar: of the virtual steps, the
+    contrastive loss. outer_loss(logits) -> scalar: of the last virtual step and of the
+    evaluation, the task's loss. lr, momentum, weight_decay: of the virtual steps. optimizer: the
+    meta-network's own. average: as in hypergradient; images and losses are then this process's
+    own.
 
-    lambda is computed once, from the features at theta_0 taken as constants, and stays the same for all virtual
-    steps; phi acts through the values of lambda alone. So the recursion gives the derivative for these values, and
-    one backward pass takes it on to phi. Each process has its own samples and so its own values: averages are
-    taken of phi's gradient, never of lambda's.
-    Batch normalisation uses the batch's statistics; dropout has the same masks in every pass. Source: arXiv 2207.11518.
+    lambda is computed once, from the features at theta_0 taken as constants, and stays the same
+    for all virtual steps; phi acts through the values of lambda alone. So the recursion gives the
+    derivative for these values, and one backward pass takes it on to phi. Each process has its
+    own samples and so its own values: averages are taken of phi's gradient, never of lambda's.
+    Batch normalisation uses the batch's statistics; dropout has the same masks in every pass.
+    Source: arXiv 2207.11518.
     """
     params = {name: p for name, p in students.named_parameters() if p.requires_grad}
     devices = [images.device] if images.is_cuda else []
-    generators = [torch.default_generator, *(torch.cuda.default_generators[device.index] for device in devices)]
-    capturing = images.is_cuda and torch.cuda.is_current_stream_capturing()       # a CUDA graph seeds no generator
+    generators = [torch.default_generator]
+    generators += [torch.cuda.default_generators[device.index] for device in devices]
+    # a CUDA graph seeds no generator
+    capturing = images.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def forward(theta):
         if not capturing:
@@ -226,24 +247,26 @@ def meta_step(students, matching, optimizer, images, contrast, task, *, inner_st
                 generator.manual_seed(0)
         return functional_call(students, dict(zip(params, theta, strict=True)), (images,))
 
-    with batch_statistics(students), no_tf32(), torch.random.fork_rng(devices, enabled=not capturing):
+    same_dropout = torch.random.fork_rng(devices, enabled=not capturing)
+    with batch_statistics(students), no_tf32(), same_dropout:
         with torch.no_grad():
             features, _, _ = forward(params.values())
-        weights = matching(features)                                      # [N, L, N, L, B], a function of phi
-        values = weights.detach().requires_grad_()                        # [N, L, N, L, B], a leaf
+        matching = matching_network(features)  # [N, L, N, L, B], a function of phi
+        values = matching.detach().requires_grad_()  # [N, L, N, L, B], a leaf
         d_values, = _local_hypergradient(
-            lambda theta: contrast(forward(theta)[1], values), lambda theta: task(forward(theta)[2]),
+            lambda theta: inner_loss(forward(theta)[1], values),
+            lambda theta: outer_loss(forward(theta)[2]),
             list(params.values()), [values], inner_steps, lr, momentum, weight_decay,
-            forward_mode=True, average=average)                           # forward mode: lambda acts on the embeddings
+            forward_mode=True, average=average)  # forward mode: lambda acts on the embeddings
         optimizer.zero_grad()
-        weights.backward(d_values)
-    average_gradients(matching, average)
+        matching.backward(d_values)
+    average_gradients(matching_network, average)
     optimizer.step()
 
 
 @contextmanager
 def batch_statistics(module):
-    """Batch normalisation in training mode uses the batch's statistics and leaves the running ones alone."""
+    """Batch normalisation in training uses the batch's statistics and leaves the running ones alone."""
     tracking = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
     try:
         for m in tracking:
@@ -256,7 +279,7 @@ def batch_statistics(module):
 
 @contextmanager
 def no_tf32():
-    """CUDA computes in full float32: early in training the hypergradient loses most of its digits to rounding."""
+    """CUDA computes in full float32: early in training rounding takes most of the hypergradient's digits."""
     backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     before = [backend.fp32_precision for backend in backends]
     try:
@@ -266,52 +289,3 @@ def no_tf32():
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
-
-
-# ---------------------------------------------------------------- the picture
-
-def draw_matching(weights, names, file, meta_steps):
-    """A PNG of the mean matching weights: one panel for each pair of students, stage by stage, the values written in.
-
-    weights [N, L, N, L], means of lambda over samples; names of the N >= 2 students; file: a path or a binary file;
-    meta_steps: how many made the meta-network. The colours always run from 0.27 to 0.73, the range of lambda, so that
-    pictures can be compared. The picture is as wide as its texts need.
-    """
-    N, L = len(names), weights.shape[1]
-    blocks = weights.detach().cpu().transpose(1, 2).tolist()              # [N, N, L, L]
-    pairs = [(a, b) for a in range(N) for b in range(a + 1, N)]
-    low, high, light, dark = 1 / (1 + math.e), math.e / (1 + math.e), (237, 244, 252), (8, 61, 127)
-    fonts = {size: ImageFont.load_default(size) for size in (13, 15, 16, 17)}
-    title = "Mean layer-matching weight between stages of two students"
-    scale = "lightest 0.27: features opposed, 0.50: unrelated, darkest 0.73: alike; " \
-            f"after {meta_steps} meta step{'s' * (meta_steps != 1)}"
-    captions = [(f"rows: {a + 1} {names[a]}", f"columns: {b + 1} {names[b]}") for a, b in pairs]
-
-    cell, left, top, margin, columns = 72, 96, 92, 24, math.ceil(len(pairs) ** 0.5)
-    length = lambda text, size: math.ceil(fonts[size].getlength(text))
-    width = left + margin + max(L * cell, *(length(line, 13) for caption in captions for line in caption))
-    height = top + L * cell + margin
-    whole = max(columns * width, 2 * 16 + max(length(title, 17), length(scale, 13)))
-    picture = Image.new("RGB", (whole, 64 + -(-len(pairs) // columns) * height), "white")
-    draw = ImageDraw.Draw(picture)
-
-    def write(x, y, text, size, fill="black", anchor="mm"):
-        draw.text((x, y), text, fill=fill, font=fonts[size], anchor=anchor)
-
-    write(16, 22, title, 17, anchor="lm")
-    write(16, 46, scale, 13, fill="dimgray", anchor="lm")
-    for i, ((a, b), caption) in enumerate(zip(pairs, captions, strict=True)):
-        x0, y0 = left + i % columns * width, 64 + top + i // columns * height
-        for line, y in zip(caption, (y0 - 66, y0 - 48), strict=True):
-            write(x0, y, line, 13, anchor="lm")
-        for row in range(L):
-            write(x0 - 46, y0 + (row + 0.5) * cell, f"stage {row + 1}", 15)
-            write(x0 + (row + 0.5) * cell, y0 - 20, f"stage {row + 1}", 15)
-            for column in range(L):
-                value = blocks[a][b][row][column]
-                depth = (value - low) / (high - low)                      # 0 lightest, 1 darkest
-                x, y = x0 + column * cell, y0 + row * cell
-                fill = tuple(round(c + depth * (d - c)) for c, d in zip(light, dark, strict=True))
-                draw.rectangle((x, y, x + cell - 3, y + cell - 3), fill=fill)
-                write(x + cell / 2 - 2, y + cell / 2 - 2, f"{value:.3f}", 16, fill="white" if depth > 0.7 else "black")
-    picture.save(file, format="PNG")

@@ -1,181 +1,280 @@
 """The methods: one class each, from networks to weighted loss terms. train.py's loop runs any of them.
 
-A method is a module. `students` is the cohort, with embedding MLPs where the method has them, `terms` one batch's
-loss, `second_step` what some methods do after the SGD step. METHODS names them; adding a class there adds it to the
-command line.
+A method is a module. `forward` runs its students, `terms` is one batch's loss, `second` is what
+some methods do after the SGD step, `add_options` its part of the command line. METHODS names
+them; adding a class there adds it to the command line.
 
 Yang et al., TPAMI 2023 (arXiv 2207.11518): L-MCL; AAAI 2022 (arXiv 2104.12565): MCL.
 """
 
-import io
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 import losses
 import meta
 import models
+from support import arguments
+from support.console import UserError
 
 
-class Independent(nn.Module):
-    """backbones alone, cross-entropy: the published baseline"""
+class Outputs(NamedTuple):
+    """What the students give for one batch; every call of the step gets it.
 
-    branches = embeddings = False                          # what the cohort has beside its backbones
-    T = 3.0                                                # --T where it is not given
-    second_every, second_name = 0, ""                      # second_step after every so many steps; 0: never
+    features    N tensors [L, B, d_a]
+    logits      [N, L, B, C]
+    embeddings  [N, L, B, D], unit rows; None without embedding MLPs
+    maps        afd: N tensors [B, c, h, w], the last stages' maps at one size
+    """
+
+    features: list
+    logits: Tensor
+    embeddings: Tensor | None = None
+    maps: list | None = None
+
+
+class SecondStep(NamedTuple):
+    """What a method does after every so-many-th SGD step: it trains a network that `terms` does not train.
+
+    name   for the progress line
+    every  after each so-many-th step
+    network, optimizer(parameters, **sgd)  what is trained, and how
+    step(optimizer, lr, average, images, labels, rows, outputs)
+           lr: the present rate; average: mean over processes of a flat vector, or None for one
+           process; images, labels, rows: the batch; outputs: of the ordinary step on it, detached
+    """
+
+    name: str
+    every: int
+    network: nn.Module
+    step: callable
+    optimizer: callable = torch.optim.SGD
+
+
+class Method(nn.Module):
+    """The base of all methods: a cohort of students, and one cross-entropy for every head there is."""
+
+    branches = embeddings = False  # what the cohort has beside its backbones
+    mutual = True  # students teach each other, so one alone learns nothing from it
+
+    @staticmethod
+    def add_options(group):
+        """Add the method's own options to an argparse group: they arrive in args, log and folder's name."""
 
     def __init__(self, args, num_classes, train_labels=None):
         """args: the options. train_labels: int64 [n], for a memory bank; without them there is none.
 
-        Raises ValueError where a student's parts do not fit.
+        Raises UserError where a student's parts do not fit.
         """
         super().__init__()
-        self.args, self.gather = args, None                # gather: set where several processes train
+        self.args = args
+        self.gather = None  # set where several processes train
         cohort = models.Cohort(args.arch, num_classes, branches=self.branches)
         cohort.check(args.image_size)
         self.students = models.EmbeddedCohort(cohort) if self.embeddings else cohort
         self.bank = None
+        self.second = None  # a SecondStep, or nothing
 
     @property
     def cohort(self):
         return self.students.cohort if self.embeddings else self.students
 
-    def terms(self, images, labels, *rows):
-        """One batch's loss: {name: (weight, value)}, loss = sum of weight * value; weight None: logged, not in it.
+    def forward(self, images):
+        """images [B, 3, H, W] -> Outputs."""
+        if self.embeddings:
+            features, embeddings, logits = self.students(images)
+            return Outputs(features, logits, embeddings)
+        return Outputs(*self.students(images))
 
-        images [B, 3, H, W], labels [B] int64, rows: what the bank drew (models.BankRows), if there is one.
+    def terms(self, outputs, labels, rows):
+        """One batch's loss, the sum of weight * value in {name: (weight, value)}.
+
+        A weight of None: logged, not in the loss. outputs: Outputs; labels [B] int64; rows:
+        models.BankRows if there is a bank, else None.
         """
-        _, logits = self.students(images)                                             # [N, L, B, C]
-        return {"ce": (1, losses.cross_entropy(logits, labels))}                      # every head there is
+        return {"ce": (1, losses.cross_entropy(outputs.logits, labels))}
 
-    def after_step(self, *rows):
-        """After the SGD step, with the same rows; may be captured in a CUDA graph."""
+    def after_step(self, outputs, rows):
+        """After the SGD step; may be captured in a CUDA graph."""
 
     def statistics(self):
-        """The floating buffers that several processes average: running statistics, sums; not the bank's equal rows."""
-        return [b for name, b in self.named_buffers() if b.is_floating_point() and not name.startswith("bank.")]
+        """The floating buffers that several processes average; not the bank's rows, which are equal."""
+        named = self.named_buffers()
+        return [b for name, b in named if b.is_floating_point() and not name.startswith("bank.")]
 
-    def second_network(self):
-        """The module that second_step trains; `terms` trains all the rest."""
-
-    def second_optimizer(self, **sgd):
-        return torch.optim.SGD(self.second_network().parameters(), **sgd)
-
-    def optimizers(self, **sgd):
-        """[for what `terms` trains] or [that, second_step's own]; sgd: the recipe's settings."""
-        network = self.second_network()
-        others = set(network.parameters()) if network else set()
-        first = torch.optim.SGD([p for p in self.parameters() if p not in others], **sgd)
-        return [first, self.second_optimizer(**sgd)] if network else [first]
-
-    def second_step(self, optimizer, lr, average, images, labels, *rows):
-        """lr: the present rate. average: mean over processes of a flat vector, or None for one process."""
-
-    def picture(self, steps, total_steps):
-        """A PNG, bytes, of what the method learned in the epoch's `steps` so far; None: there is nothing to show."""
-
-    def end_epoch(self):
-        """After the epoch's evaluation and picture."""
+    def optimizers(self):
+        """[SGD of the recipe for what `terms` trains], and the second step's if there is one."""
+        args = self.args
+        sgd = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=True,
+                   fused=True)
+        if not self.second:
+            return [torch.optim.SGD(self.parameters(), **sgd)]
+        others = set(self.second.network.parameters())
+        trained = [p for p in self.parameters() if p not in others]
+        own = self.second.optimizer(self.second.network.parameters(), **sgd)
+        return [torch.optim.SGD(trained, **sgd), own]
 
 
-class DeepSupervision(Independent):
+def add_temperature(group):
+    group.add_argument("--T", type=arguments.positive, default=3.0,
+                       help="temperature of the KL terms (3)")
+
+
+class Independent(Method):
+    """backbones alone, cross-entropy: the published baseline"""
+
+    mutual = False
+
+
+class DeepSupervision(Method):
     """the students and branches of L-MCL, cross-entropy of every head, nothing mutual"""
 
-    branches = True
+    branches, mutual = True, False
 
 
-class DML(Independent):
+class DML(Method):
     """backbones alone, deep mutual learning: KL towards every other's prediction, T = 1 (CVPR 2018)"""
 
-    T = 1.0
-
-    def terms(self, images, labels, *rows):
-        _, logits = self.students(images)
+    def terms(self, outputs, labels, rows):
+        logits = outputs.logits
         return {"ce": (1, losses.cross_entropy(logits, labels)),
-                "kd": (1, losses.mutual_distillation(logits[:, -1], self.args.T))}
+                "kd": (1, losses.mutual_distillation(logits[:, -1], T=1.0))}
 
 
-class MCL(Independent):
+class MCL(Method):
     """backbones alone, the four contrastive losses on the last stage (AAAI 2022)"""
 
     embeddings = True
 
+    @staticmethod
+    def add_options(group):
+        add_contrast(group)
+        group.add_argument("--logit-kd", action="store_true",
+                           help="each student also distils the mean of all logits")
+
     def __init__(self, args, num_classes, train_labels=None):
         super().__init__(args, num_classes, train_labels)
         if args.contrast == "bank" and train_labels is not None:
-            self.bank = models.MemoryBank(train_labels, len(args.arch), self.cohort.stages, negatives=args.negatives,
-                                          momentum=args.bank_momentum, seed=args.seed)
+            self.bank = models.MemoryBank(
+                train_labels, len(args.arch), self.cohort.stages, negatives=args.negatives,
+                momentum=args.bank_momentum, seed=args.seed)
 
     def weighted(self, values):
-        """alpha VCL + gamma Soft VCL + beta ICL + lam Soft ICL, as terms."""
-        args = self.args
-        weights = dict(vcl=args.weight_vcl, soft_vcl=args.weight_soft_vcl,
-                       icl=args.weight_icl, soft_icl=args.weight_soft_icl)
+        """alpha VCL + beta ICL + gamma Soft VCL + lam Soft ICL, as terms."""
+        weights = dict(vcl=self.args.weight_vcl, icl=self.args.weight_icl,
+                       soft_vcl=self.args.weight_soft_vcl, soft_icl=self.args.weight_soft_icl)
         return {name: (weights[name], value) for name, value in values.items()}
 
-    def terms(self, images, labels, *rows):
-        args = self.args
-        _, embeddings, logits = self.students(images)                                 # [N, L, B, D], [N, L, B, C]
-        self.embeddings_for_bank = embeddings.detach()
+    def terms(self, outputs, labels, rows):
+        """sum_a CE(logits_a, y) + the four losses; --logit-kd: + sum_a KL_T(logits_a <- mean of all)."""
+        logits, args = outputs.logits, self.args
         terms = {"ce": (1, losses.cross_entropy(logits, labels))}
+        z = outputs.embeddings[:, -1]  # [N, B, D]
         if rows:
-            _, own, positive, negatives, same_class = rows
-            last = (r[:, -1] for r in (embeddings, own, positive, negatives))         # [N, ., D], of the last stage
-            values = losses.mcl_bank_loss(*last, same_class, args.tau, args.T)
+            last = rows.last_stage()
+            values = losses.mcl_bank_loss(
+                z, last.own, last.positive, last.negatives, last.same_class, args.tau, args.T)
         else:
-            values = losses.mcl_loss(embeddings[:, -1], labels, args.tau, args.T)
+            values = losses.mcl_loss(z, labels, args.tau, args.T)
         terms |= self.weighted(values)
         if args.logit_kd:
             terms["kd"] = (1, losses.ensemble_distillation(logits[:, -1], args.T))
-        return terms | self.monitored(embeddings, labels, rows)
+        return terms | self.monitored(outputs, labels, rows)
 
-    def monitored(self, embeddings, labels, rows):
-        """The mutual information's bound, where it is defined."""
-        if rows or len(embeddings) < 2:
+    def monitored(self, outputs, labels, rows):
+        """What is logged and not in the loss: the mutual information's bound, where it is defined."""
+        if rows or len(outputs.logits) < 2:
             return {}
-        return {"mi_bound": (None, losses.mutual_information_bound(embeddings[:, -1], labels, self.args.tau))}
+        z = outputs.embeddings[:, -1]  # [N, B, D]
+        return {"mi_bound": (None, losses.mutual_information_bound(z, labels, self.args.tau))}
 
-    def after_step(self, *rows):
-        if rows:                                           # every process writes all processes' rows
-            index, z = rows[0], self.embeddings_for_bank                              # [B], [N, L, B, D]
-            if self.gather:
-                index, z = self.gather(index), self.gather(z.movedim(2, 0)).movedim(0, 2)
-            self.bank.update(z, index)
+    def after_step(self, outputs, rows):
+        """The batch's rows of the bank move; every process writes all processes' rows."""
+        if not rows:
+            return
+        index, z = rows.index, outputs.embeddings.detach()  # [B], [N, L, B, D]
+        if self.gather:
+            index, z = self.gather(index), self.gather(z.movedim(2, 0)).movedim(0, 2)
+        self.bank.update(index, z)
+
+
+def add_contrast(group):
+    """The options of both contrastive methods; what is None is the recipe's, see options.RECIPES."""
+    weight = arguments.not_negative
+    group.add_argument("--weight-vcl", type=weight, metavar="ALPHA", help="alpha, of VCL (0.1; imagenet 0.01)")
+    group.add_argument("--weight-icl", type=weight, metavar="BETA", help="beta, of ICL (0.1; imagenet 0.01)")
+    group.add_argument("--weight-soft-vcl", type=weight, default=1.0, metavar="GAMMA", help="gamma, of Soft VCL (1)")
+    group.add_argument("--weight-soft-icl", type=weight, default=1.0, metavar="LAM", help="lam, of Soft ICL (1)")
+    group.add_argument("--tau", type=arguments.positive,
+                       help="temperature of the contrastive distributions (0.1; imagenet 0.07)")
+    add_temperature(group)
+    group.add_argument("--contrast", choices=["batch", "bank"],
+                       help="with the other images of the batch, or with a memory bank of all training "
+                       "images' embeddings (batch; imagenet bank)")
+    group.add_argument("--negatives", type=arguments.at_least_1, default=8192, metavar="K",
+                       help="bank: rows drawn for each batch (8192)")
+    group.add_argument("--bank-momentum", type=arguments.fraction, default=0.5, metavar="M",
+                       help="bank: share of the old row (0.5)")
 
 
 class LMCL(MCL):
     """layer-wise mutual contrastive learning: branches, aggregators, learned layer matching (TPAMI 2023)"""
 
-    branches, second_name = True, "meta step"
+    branches = True
+
+    @staticmethod
+    def add_options(group):
+        add_contrast(group)
+        group.add_argument("--matching", choices=["learned", "uniform"], default="learned",
+                           help="lambda from the matching network, or 0.5 for all, without a meta step "
+                           "(learned)")
+        group.add_argument("--meta-freq", type=arguments.at_least_1, metavar="STEPS",
+                           help="a meta step every so many steps (50; imagenet 500)")
+        group.add_argument("--meta-steps", type=arguments.at_least_1, default=2, metavar="STEPS",
+                           help="virtual steps on the contrastive loss (2)")
 
     def __init__(self, args, num_classes, train_labels=None):
         super().__init__(args, num_classes, train_labels)
-        N, L = len(args.arch), self.cohort.stages
-        self.aggregator = models.Aggregator(self.cohort.widths, L)
+        widths, stages = self.cohort.widths, self.cohort.stages
+        self.aggregator = models.Aggregator(widths, stages)
         self.matching_network = None
         if args.matching == "learned":
-            self.matching_network = meta.MatchingNetwork(self.cohort.widths, L)
-            self.second_every = args.meta_freq if N > 1 else 0
-        self.register_buffer("lambda_sum", torch.zeros(N, L, N, L))                   # batch means, over an epoch
+            self.matching_network = meta.MatchingNetwork(widths, stages)
+            if len(args.arch) > 1:
+                self.second = SecondStep(
+                    "meta step", args.meta_freq, self.matching_network, self.meta_step)
 
-    def terms(self, images, labels, *rows):
-        """sum_a sum_l CE(logits_a^l, y) + sum_a CE(agg_a, y) + sum_a sum_b KL_T(logits_a^L <- agg_b) + L_L-MCL."""
-        features, embeddings, logits = self.students(images)    # N x [L, B, d_a], [N, L, B, D], [N, L, B, C]
-        self.embeddings_for_bank = embeddings.detach()
+    def terms(self, outputs, labels, rows):
+        """sum_{a,l} CE(logits_a^l, y) + sum_a CE(agg_a, y) + sum_{a,b} KL_T(logits_a^L <- agg_b) + L-MCL."""
+        features, logits = outputs.features, outputs.logits
         terms = {"ce": (1, losses.cross_entropy(logits, labels))}
-        aggregated = self.aggregator(features, logits)                                # [N, B, C]
+        aggregated = self.aggregator(features, logits)  # [N, B, C]
         terms["ce_agg"] = (1, losses.cross_entropy(aggregated, labels))
-        terms["kd"] = (1, losses.distillation(logits[:, -1][:, None], aggregated, self.args.T).sum())     # a = b too
-        with torch.no_grad():                              # lambda is a constant in the ordinary step
-            matching = self.matching(features)                                        # [N, L, N, L, B]
-            self.lambda_sum += matching.mean(-1)
-        terms |= self.contrast(embeddings, labels, matching, rows)
-        return terms | self.monitored(embeddings, labels, rows)
+        own = logits[:, -1, None]  # [N, 1, B, C]
+        terms["kd"] = (1, losses.distillation(own, aggregated, self.args.T).sum())  # a = b too
+        with torch.no_grad():  # lambda is a constant in the ordinary step
+            matching = self.matching(features)  # [N, L, N, L, B]
+        terms |= self.contrastive_terms(outputs.embeddings, labels, matching, rows)
+        terms |= self.monitored(outputs, labels, rows)
+        if len(logits) > 1:
+            terms["matching"] = (None, matching.mean(-1))  # [N, L, N, L]
+        return terms
 
-    def contrast(self, embeddings, labels, matching, rows):
-        """L_L-MCL as terms: in the batch, or against the bank's rows. matching: lambda [N, L, N, L, B]."""
-        loss, others = (losses.lmcl_bank_loss, rows[1:]) if rows else (losses.lmcl_loss, (labels,))
-        return self.weighted(loss(embeddings, *others, matching, self.args.tau, self.args.T))
+    def contrastive_terms(self, embeddings, labels, matching, rows):
+        """The four losses as terms, in the batch or against the bank's rows.
+
+        embeddings [N, L, B, D], labels [B], matching: lambda [N, L, N, L, B], rows: BankRows or
+        None.
+        """
+        args = self.args
+        if rows:
+            values = losses.lmcl_bank_loss(
+                embeddings, rows.own, rows.positive, rows.negatives, rows.same_class, matching, args.tau, args.T)
+        else:
+            values = losses.lmcl_loss(embeddings, labels, matching, args.tau, args.T)
+        return self.weighted(values)
 
     def matching(self, features):
         """lambda, from the matching network or 0.5.  N x [L, B, d_a] -> [N, L, N, L, B]."""
@@ -184,73 +283,107 @@ class LMCL(MCL):
         N, (L, B, _) = len(features), features[0].shape
         return torch.full((N, L, N, L, B), 0.5, device=features[0].device)
 
-    def picture(self, steps, total_steps):
-        """The mean lambda of each pair of stages."""
-        if len(self.args.arch) < 2:
-            return None
-        file = io.BytesIO()
-        meta_steps = total_steps // self.second_every if self.second_every else 0
-        meta.draw_matching(self.lambda_sum / steps, self.args.arch, file, meta_steps)
-        return file.getvalue()
-
-    def end_epoch(self):
-        self.lambda_sum.zero_()
-
-    def second_network(self):
-        return self.matching_network
-
-    def second_step(self, optimizer, lr, average, images, labels, *rows):
-        """The meta step: one step of the matching network along its exact hypergradient, in float32."""
+    def meta_step(self, optimizer, lr, average, images, labels, rows, outputs):
+        """One step of the matching network along its exact hypergradient, in float32."""
         args = self.args
 
-        def contrast(z, matching):
-            return sum(weight * value for weight, value in self.contrast(z, labels, matching, rows).values())
+        def inner_loss(embeddings, matching):
+            terms = self.contrastive_terms(embeddings, labels, matching, rows)
+            return sum(weight * value for weight, value in terms.values())
 
         meta.meta_step(
-            self.students, self.matching_network, optimizer, images, contrast,
-            task=lambda logits: losses.cross_entropy(logits, labels),
-            inner_steps=args.meta_steps, lr=lr, momentum=args.momentum, weight_decay=args.weight_decay, average=average)
+            self.students, self.matching_network, optimizer, images, inner_loss,
+            outer_loss=lambda logits: losses.cross_entropy(logits, labels),
+            inner_steps=args.meta_steps, lr=lr, momentum=args.momentum, weight_decay=args.weight_decay,
+            average=average)
 
 
-class AFD(Independent):
+class AFD(Method):
     """backbones alone, adversarial distillation of feature maps and mutual KL (ICML 2020)"""
 
-    second_name = "discriminators' step"
+    @staticmethod
+    def add_options(group):
+        add_temperature(group)
+        group.add_argument("--weight-adversarial", type=arguments.not_negative, default=0.05, metavar="W",
+                           help="of the adversarial term; at 1 it drowns the others (0.05)")
 
     def __init__(self, args, num_classes, train_labels=None):
         super().__init__(args, num_classes, train_labels)
-        self.second_every = int(len(args.arch) > 1)
         with torch.no_grad():
             example = torch.zeros(1, 3, args.image_size, args.image_size)
-            self.discriminators = models.Discriminators(self.cohort.eval().last_maps(example)[0])
+            maps, _ = self.cohort.eval().last_maps(example)
+        self.discriminators = models.Discriminators(maps)
+        if len(args.arch) > 1:
+            self.second = SecondStep("discriminators' step", 1, self.discriminators.discriminators,
+                                     self.discriminators_step, self.adam)
 
-    def terms(self, images, labels, *rows):
+    def forward(self, images):
         maps, logits = self.students.last_maps(images)
-        aligned = self.discriminators.align(maps)                                     # N x [B, c, h, w]
-        # For second_step; in CUDA graphs too, since both steps are captured at the same call of each batch size.
-        self.maps = [losses.at_least_float32(m.detach()) for m in aligned]
+        return Outputs([], logits, maps=self.discriminators.align(maps))
+
+    def terms(self, outputs, labels, rows):
+        logits = outputs.logits
         terms = {"ce": (1, losses.cross_entropy(logits, labels)),
                  "kd": (1, losses.mutual_distillation(logits[:, -1], self.args.T))}
-        if self.second_every:
-            terms["adversarial"] = (self.args.weight_adversarial, losses.generator_loss(self.discriminators(aligned)))
+        if self.second:
+            scores = self.discriminators(outputs.maps)  # [N, B]
+            terms["adversarial"] = (self.args.weight_adversarial, losses.generator_loss(scores))
         return terms
 
-    def second_network(self):
-        return self.discriminators.discriminators
-
-    def second_optimizer(self, **sgd):
+    @staticmethod
+    def adam(parameters, **sgd):
         # fused: its step counts never leave the GPU, in a resumed run neither
-        return torch.optim.Adam(self.second_network().parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
+        return torch.optim.Adam(parameters, lr=2e-4, betas=(0.5, 0.999), fused=True)
 
-    def second_step(self, optimizer, lr, average, images, labels, *rows):
-        """The discriminators learn to tell each student's map from the next one's; the maps are constant."""
-        optimizer.param_groups[0]["capturable"] = self.args.cuda_graph     # here: --resume brings the earlier run's
-        optimizer.zero_grad()                              # the students' step left some
-        own, peer = (self.discriminators(maps) for maps in (self.maps, self.maps[1:] + self.maps[:1]))
+    def discriminators_step(self, optimizer, lr, average, images, labels, rows, outputs):
+        """The discriminators learn to tell each student's map from the next one's, maps constant."""
+        maps = [losses.at_least_float32(m) for m in outputs.maps]
+        # set here: --resume brings the earlier run's
+        optimizer.param_groups[0]["capturable"] = self.args.cuda_graph
+        optimizer.zero_grad()  # the students' step left some
+        own = self.discriminators(maps)  # [N, B]
+        peer = self.discriminators(maps[1:] + maps[:1])  # [N, B]
         losses.discriminator_loss(own, peer).backward()
-        meta.average_gradients(self.second_network(), average)
+        meta.average_gradients(self.second.network, average)
         optimizer.step()
 
 
 METHODS = {"lmcl": LMCL, "mcl": MCL, "deep-supervision": DeepSupervision, "dml": DML, "afd": AFD,
            "independent": Independent}
+
+
+# what an epoch's line in the log holds beside the terms
+RESERVED = {"epoch", "step", "loss", "lr", "images_per_second", "seconds", "data_seconds"}
+
+
+def check_terms(method, terms):
+    """Raises UserError where a method's `terms` are not what train.py's loop takes."""
+    name = f"{type(method).__name__}.terms"
+    form = "{name: (weight, value)}, the weight a number or None, the value a tensor with one number"
+    if not isinstance(terms, dict) or not terms:
+        raise UserError(f"{name} returns a {type(terms).__name__}: it must be a dict {form}")
+    for term, pair in terms.items():
+        if not isinstance(term, str) or term in RESERVED or term.endswith(("_top1", "_top5")):
+            raise UserError(f"{name}: the log has another use for {term!r}: give the term another name")
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise UserError(f"{name}: {term!r} is no pair of weight and value: it must be {form}")
+        weight, value = pair
+        if weight is not None and not isinstance(weight, (int, float)):
+            raise UserError(f"{name}: the weight of {term!r} is a {type(weight).__name__}: it must be {form}")
+        if not torch.is_tensor(value) or (weight is not None and value.dim()):
+            raise UserError(f"{name}: the value of {term!r} is no tensor with one number: it must be {form}")
+    if all(weight is None for weight, _ in terms.values()):
+        raise UserError(f"{name} has no weight but None, so nothing is trained")
+
+
+def as_logged(loss, terms):
+    """{"loss", each term by name and times its weight, "unweighted_" + name where that is not 1}.
+
+    The terms sum to the loss, but for those of weight None, which are logged as they are.
+    """
+    logged, unweighted = {"loss": loss}, {}
+    for name, (weight, value) in terms.items():
+        logged[name] = value if weight is None else weight * value
+        if weight not in (1, None):
+            unweighted[f"unweighted_{name}"] = value
+    return {name: value.detach() for name, value in {**logged, **unweighted}.items()}

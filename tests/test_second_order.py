@@ -1,10 +1,10 @@
-"""second_order.py: equal to PyTorch's own second derivatives and to finite differences, and used where it says."""
+"""support/second_order.py: equal to PyTorch's derivatives and to finite differences, used where it says."""
 
 import pytest
 import torch
 import torch.nn as nn
 
-from second_order import FastSecondDerivatives
+from support.second_order import FastSecondDerivatives
 
 
 def distance(a, b):
@@ -45,21 +45,23 @@ def test_equal_to_pytorch_and_to_finite_differences(name, memory_format):
         first = torch.autograd.grad((y ** 3 + y).sum(), inputs, create_graph=True)
         return [*first, *torch.autograd.grad(sum((f ** 2).sum() for f in first), inputs)]
 
-    used = type(fast(*inputs).grad_fn).__name__                           # of this project, not PyTorch's
+    used = type(fast(*inputs).grad_fn).__name__  # of this project, not PyTorch's
     assert used in ("ConvolutionBackward", "BatchNormBackward", "AddBackward0")
     assert distance(derivatives(fast), derivatives(plain)) < 1e-12
-    assert torch.autograd.gradgradcheck(fast, inputs)
-    assert torch.autograd.gradcheck(fast, inputs, check_forward_ad=True, check_undefined_grad=False)
+    assert torch.autograd.gradgradcheck(fast, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(fast, inputs, check_forward_ad=True, check_undefined_grad=False,
+                                    fast_mode=True)
 
 
 def test_first_layer_and_calls_that_stay_pytorchs():
-    """Images need no gradient. Padding by name, batch norms without weight or bias, with running statistics or in
-    evaluation mode, and single images are PyTorch's own."""
+    """Images need no gradient. Padding by name, batch norms without weight or bias, with running statistics
+    or in evaluation mode, and single images are PyTorch's own."""
     g = torch.Generator().manual_seed(0)
     images = torch.randn(4, 3, 5, 5, generator=g, dtype=torch.float64)
     norm = lambda **settings: nn.BatchNorm2d(4, track_running_stats=False, **settings)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), norm(), nn.Conv2d(4, 4, 3, padding="same"), norm(affine=False),
-                        norm(), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2).eval()).double()
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), norm(), nn.Conv2d(4, 4, 3, padding="same"),
+                        norm(affine=False), norm(), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1),
+                        nn.BatchNorm2d(2).eval()).double()
     net[4].bias = None
     params = list(net.parameters())
     u = [torch.randn(p.shape, generator=g, dtype=torch.float64) for p in params]

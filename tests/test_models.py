@@ -12,8 +12,14 @@ import torchvision
 from PIL import Image, ImageOps
 
 import models
+from predict import load_student
+from support import architectures
+from support.architectures import ARCHITECTURES, ExistingNetwork, architecture, load_model_file
+from support.console import UserError
+from support.files import load_pretrained, names_in_files, student_file
 
-# As published: width, backbone and branch parameters, multiply-adds in millions of the backbone and with branches.
+# As published: width, backbone and branch parameters, multiply-adds in millions of the backbone and with
+# branches.
 TABLE = {
     "resnet32": (64, 472_756, 809_096, 69.1, 136.8),
     "resnet56": (64, 861_620, 1_475_208, 125.8, 250.0),
@@ -25,43 +31,49 @@ TABLE = {
     "shufflenetv2_1": (1024, 1_356_104, 2_406_252, 45.1, 99.3),
     "hcgnet_a1": (414, 1_102_651, 1_478_429, 154.7, 271.2),
     "hcgnet_a2": (716, 3_133_679, 4_114_546, 489.4, 808.1),
-    "resnet18": (512, 11_689_512, 14_626_488, 1814.1, 2894.6),              # ImageNet from here on
+    "resnet18": (512, 11_689_512, 14_626_488, 1814.1, 2894.6),  # ImageNet from here on
     "resnet34": (512, 21_797_672, 14_626_488, 3663.8, 4744.3),
     "resnet50": (2048, 25_557_032, 27_669_944, 4089.2, 6330.4),
     "shufflenet_v2_x1_0": (1024, 2_278_604, 6_119_796, 144.9, 394.2),
 }
-TORCHVISION = [name for name, found in models.ARCHITECTURES.items() if isinstance(found, models.ExistingNetwork)]
+TORCHVISION = [name for name, found in ARCHITECTURES.items() if isinstance(found, ExistingNetwork)]
 TORCHVISION_SMALL = ["resnet18", "shufflenet_v2_x0_5"]
+ONE_OF_EACH_KIND = ["resnet8", "resnet110", "wrn_16_2", "shufflenetv2_0.5", "hcgnet_a1", *TORCHVISION_SMALL]
+FACTS = dict(classes="abc", mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), image_size=32, resize=36)
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_counts_of_the_published_table(name):
     width, *published = TABLE[name]
     classes, size, device = (1000, 224, "meta") if name in TORCHVISION else (100, 32, "cpu")
-    with torch.device(device):                                              # meta: shapes without numbers
+    with torch.device(device):  # meta: shapes without numbers
         student = models.Cohort([name], classes).students[0]
-    assert student.backbone.classifier.in_features == models.architecture(name).width == width
-    surplus = []    # the published HCGNet figures take a dilated convolution's output for 2 pixels larger than it is
+    assert student.backbone.classifier.in_features == architecture(name).width == width
+    surplus = []  # the published HCGNet figures take a dilated convolution's output for 2 pixels larger
     for m in (m for m in student.modules() if isinstance(m, nn.Conv2d) and m.dilation[0] == 2):
         m.register_forward_hook(lambda m, _, y: surplus.append(m.weight.numel() * 4 * (y.shape[2] + 1)))
-    backbone = models.multiply_adds(student.backbone, size) + sum(surplus)
+    own, backbone = models.cost(student.backbone, size)
+    backbone += sum(surplus)
     surplus.clear()
-    both = models.multiply_adds(student, size) + sum(surplus)
-    assert [models.parameters(student.backbone), models.parameters(student.branches),
-            round(backbone / 1e6, 1), round(both / 1e6, 1)] == published
+    whole, both = models.cost(student, size)
+    both += sum(surplus)
+    assert [own, whole - own, round(backbone / 1e6, 1), round(both / 1e6, 1)] == published
+    assert models.parameters(student.branches) == whole - own
 
 
-@pytest.mark.parametrize("name", [n for n in models.ARCHITECTURES if n not in TORCHVISION or n in TORCHVISION_SMALL])
-def test_every_student_forward_and_backward(name):
-    L, size = models.architecture(name).stages, 64 if name in TORCHVISION else 16
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+def test_a_student_forward_and_backward(name):
+    """Every convolution and linear layer gets gradient, and a seed draws the same student."""
+    L, size = architecture(name).stages, 32 if name in TORCHVISION else 16
     torch.manual_seed(0)
     cohort = models.Cohort([name], 7)
     cohort.check(size)
-    x = torch.randn(2, 3, size, size)
+    x = torch.randn(3, 3, size, size)
     features, logits = cohort(x)
-    assert features[0].shape == (L, 2, models.architecture(name).width) and logits.shape == (1, L, 2, 7)
+    assert features[0].shape == (L, 3, architecture(name).width) and logits.shape == (1, L, 3, 7)
+    assert features[0].dtype == logits.dtype == torch.float32
     logits.square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in cohort.parameters())
+    assert all(p.grad.isfinite().all() and (p.dim() == 1 or p.grad.any()) for p in cohort.parameters())
     torch.manual_seed(0)
     assert torch.equal(models.Cohort([name], 7)(x)[1], logits)
 
@@ -69,24 +81,26 @@ def test_every_student_forward_and_backward(name):
 @pytest.mark.parametrize("name", ["resnet34", "resnext50_32x4d", "wide_resnet50_2", "shufflenet_v2_x2_0"])
 def test_a_torchvision_backbone_has_torchvisions_tensors(name):
     with torch.device("meta"):
-        ours, theirs = models.Backbone(name, 5), torchvision.models.get_model(name, weights=None, num_classes=5)
-    state = {models.names_in_files(ours, name)[key]: x.shape for key, x in ours.state_dict().items()}
+        ours = models.Backbone(name, 5)
+        theirs = torchvision.models.get_model(name, weights=None, num_classes=5)
+    names = names_in_files(ours, name)
+    state = {names[key]: x.shape for key, x in ours.state_dict().items()}
     assert state == {key: x.shape for key, x in theirs.state_dict().items()}
-    assert ours.classifier.in_features == models.architecture(name).width
+    assert ours.classifier.in_features == architecture(name).width
 
 
 @pytest.mark.parametrize("name", TORCHVISION_SMALL)
 def test_a_torchvision_backbone_is_torchvisions(name, tmp_path):
-    metadata = name, ["a", "b", "c"], (0, 0, 0), (1, 1, 1), 64, 73
     torch.manual_seed(0)
     theirs = torchvision.models.get_model(name, weights=None, num_classes=3).eval()
     torch.manual_seed(0)
     ours, other, third = (models.Backbone(name, 3).eval() for _ in range(3))
     x, n = torch.randn(2, 3, 64, 64), len(theirs.state_dict())
-    assert torch.allclose(ours(x), theirs(x), rtol=1e-4)                    # the seed draws the same
-    theirs.load_state_dict(models.student_file(other, *metadata)["state_dict"], strict=True)
+    assert torch.allclose(ours(x), theirs(x), rtol=1e-4)  # the seed draws the same
+    theirs.load_state_dict(student_file(other, name, FACTS)["state_dict"], strict=True)
     torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
-    assert models.load_weights(third, name, tmp_path / "theirs.pt") == f"{n} of {n} tensors taken"
+    content, words = load_pretrained(third, name, tmp_path / "theirs.pt")
+    assert words == f"{n} of {n} tensors taken" and content.keys() == theirs.state_dict().keys()
     assert all(torch.allclose(net(x), theirs(x), rtol=1e-4) for net in (other, third))
 
 
@@ -107,7 +121,7 @@ def test_a_branch_is_the_remaining_stages_again():
         branch, y = student.branches[s] if s < 2 else student.backbone, h
         for own, theirs in zip(branch.stages, student.backbone.stages[s + 1:], strict=True) if s < 2 else ():
             assert [p.shape for p in own.parameters()] == [p.shape for p in theirs.parameters()]
-            assert not torch.equal(next(own.parameters()), next(theirs.parameters()))                # fresh, not shared
+            assert not torch.equal(next(own.parameters()), next(theirs.parameters()))  # fresh, not shared
             y = own(y)
         f = y.mean((2, 3))
         assert torch.allclose(features[s], f, atol=1e-6)
@@ -116,10 +130,17 @@ def test_a_branch_is_the_remaining_stages_again():
 
 
 def test_a_mixed_cohort():
-    cohort = models.Cohort(["resnet8", "wrn_10_1", "shufflenetv2_0.5"], 10)
-    features, logits = cohort(torch.randn(4, 3, 32, 32))
-    assert [f.shape for f in features] == [(3, 4, 64), (3, 4, 64), (3, 4, 1024)] and logits.shape == (3, 3, 4, 10)
-    assert models.Aggregator(cohort.widths, 3)(features, logits).shape == (3, 4, 10)
+    """Each student gives what it gives alone, the last stages' maps too."""
+    cohort, x = models.Cohort(["resnet8", "wrn_10_1", "shufflenetv2_0.5"], 10), torch.randn(4, 3, 32, 32)
+    features, logits = cohort(x)
+    assert [f.shape for f in features] == [(3, 4, 64), (3, 4, 64), (3, 4, 1024)]
+    assert logits.shape == (3, 3, 4, 10) and cohort.widths == [64, 64, 1024] and cohort.stages == 3
+    maps, last = cohort.last_maps(x)
+    for a, student in enumerate(cohort.students):
+        alone = student(x)
+        assert torch.equal(features[a], alone[0]) and torch.equal(logits[a], alone[1])
+        assert torch.equal(last[a, 0], logits[a, -1])
+        assert torch.allclose(student.backbone.tail(maps[a]).mean((2, 3)), features[a][-1], atol=1e-6)
     assert models.Cohort("resnet8", 10).names == ["resnet8"]
 
 
@@ -131,8 +152,8 @@ def test_aggregator_formula():
         first, _, second = aggregator.mlps[a]
         g = second(F.relu(first(torch.cat([f[a][s, i] for s in range(3)])))).softmax(0)
         assert torch.allclose(out[a, i], sum(g[s] * logits[a, s, i] for s in range(3)), atol=1e-6)
-    assert [(first.in_features, first.out_features, second.out_features) for first, _, second in aggregator.mlps] == \
-        [(15, 5, 3), (18, 6, 3)]
+    sizes = [(mlp[0].in_features, mlp[0].out_features, mlp[2].out_features) for mlp in aggregator.mlps]
+    assert out.shape == (2, 4, 7) and sizes == [(15, 5, 3), (18, 6, 3)]
 
 
 def test_embedding_is_one_mlp_per_student_and_stage():
@@ -151,7 +172,8 @@ def test_a_seed_gives_every_method_the_same_backbones():
     alone = models.Cohort(["resnet8", "resnet20"], 10, branches=False)
     assert alone.stages == 1 and alone(torch.randn(2, 3, 32, 32))[1].shape == (2, 1, 2, 10)
     for a, b in zip(full.students, alone.students, strict=True):
-        assert all(torch.equal(p, q) for p, q in zip(a.backbone.parameters(), b.backbone.parameters(), strict=True))
+        pairs = zip(a.backbone.parameters(), b.backbone.parameters(), strict=True)
+        assert all(torch.equal(p, q) for p, q in pairs)
 
 
 def test_initialisation():
@@ -160,7 +182,7 @@ def test_initialisation():
         convs = [m for m in models.Cohort([name], 10).students[0].modules() if isinstance(m, nn.Conv2d)]
         for m in sorted(convs, key=lambda m: -m.weight.numel())[:8]:
             fan_out, fan_in = m.out_channels * m.kernel_size[0] ** 2, m.weight[0].numel()
-            expected = (2 / fan_out) ** 0.5 if he else (1 / (3 * fan_in)) ** 0.5      # PyTorch: var 1 / (3 fan_in)
+            expected = (2 / fan_out) ** 0.5 if he else (1 / (3 * fan_in)) ** 0.5  # PyTorch's
             assert m.weight.std().item() == pytest.approx(expected, rel=0.05)
 
 
@@ -169,7 +191,7 @@ def test_initialisation():
     ("resnet8", 0, "num_classes is 0"), ([], 10, "got none"),
     (["resnet18", "resnet32"], 10, "same number of stages, got resnet18: 4, resnet32: 3")])
 def test_wrong_cohorts(names, classes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         models.Cohort(names, classes)
 
 
@@ -177,7 +199,7 @@ def test_wrong_cohorts(names, classes, message):
 
 OWN = """
 import torch.nn as nn
-import models
+from support.architectures import ARCHITECTURES, ExistingNetwork
 
 class TwoStages:
     stages, width = 2, 12
@@ -189,22 +211,23 @@ class TwoStages:
 class Net(nn.Module):
     def __init__(self, num_classes):
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 12, 3), nn.Conv2d(12, 12, 3))
+        convolution = lambda inputs, outputs: nn.Conv2d(inputs, outputs, 3)
+        self.features = nn.Sequential(convolution(3, 6), nn.ReLU(), convolution(6, 12), convolution(12, 12))
         self.head = nn.Linear(12, num_classes)
 
 LAYOUT = "features.0 features.1 | features.2 | features.3 | | head"
-models.ARCHITECTURES.update(own=TwoStages(), net=models.ExistingNetwork(Net, LAYOUT, width=12))
+ARCHITECTURES.update(own=TwoStages(), net=ExistingNetwork(Net, LAYOUT, width=12))
 """
 
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """A function from text to what load_model_file makes of it."""
-    monkeypatch.setattr(models, "ARCHITECTURES", dict(models.ARCHITECTURES))
+    monkeypatch.setattr(architectures, "ARCHITECTURES", dict(ARCHITECTURES))
 
     def load(text):
         (tmp_path / "own.py").write_text(text)
-        models.load_model_file(tmp_path / "own.py")
+        load_model_file(str(tmp_path / "own.py"))
 
     return load
 
@@ -217,22 +240,22 @@ def test_students_of_ones_own(own):
     features, logits = cohort(torch.randn(2, 3, 32, 32))
     assert features[1].shape == (2, 2, 12) and logits.shape == (2, 2, 2, 5)
     net, x = cohort.students[1].backbone, torch.ones(1, 3, 9, 9)
-    file = models.student_file(net, "net", "abcde", (0, 0, 0), (1, 1, 1), 32, 32)
+    file = student_file(net, "net", {**FACTS, "classes": "abcde"})
     assert set(file["state_dict"]) >= {"features.0.weight", "features.3.bias", "head.bias"}
-    assert torch.equal(models.load_student(file)(x), net(x))
+    assert torch.equal(load_student(file)(x), net(x))
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
-    ("import models", "import modles", r"own.py, line 3: ModuleNotFoundError: No module named 'modles'$"),
+    ("from support", "from suport", r"own.py, line 3: ModuleNotFoundError: No module named 'suport'$"),
     ("stages, width =", "stages, width", "own.py: SyntaxError: "),
-    ("import models", "import models; exit()", "own.py, line 3: SystemExit"),
+    ("from support", "exit(); from support", "own.py, line 3: SystemExit"),
     ("width = 2, 12", "width = 2, 13", "student 'own': width is 13, should be 12$"),
     ("(6, 12)[s]", "6", "student 'own': stage 2 fails on a map .2, 12, 16, 16.: "),
     ("nn.Identity()", "nn.Flatten()", r"student 'own': tail gives \[2, 768\], should give a map"),
     ("TwoStages()", "TwoStages", "student 'own' is the class TwoStages: register an instance"),
     ("def tail", "def tale", "student 'own' lacks tail; an architecture has stages, width, stem")])
 def test_a_wrong_student_of_ones_own_is_one_line(own, old, new, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         own(OWN.replace(old, new))
         models.Cohort(["own"], 5).check(32)
     assert "\n" not in str(error.value)
@@ -244,45 +267,52 @@ def test_a_wrong_student_of_ones_own_is_one_line(own, old, new, message):
 def saved(tmp_path):
     """A backbone and its file: resnet8, 3 classes."""
     backbone = models.Backbone("resnet8", 3).eval()
-    file = models.student_file(backbone, "resnet8", ["a", "b", "c"], (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), 32, 36)
-    torch.save(file, tmp_path / "student.pt")
+    torch.save(student_file(backbone, "resnet8", FACTS), tmp_path / "student.pt")
     return backbone, tmp_path / "student.pt"
 
 
 def test_load_student(saved):
     backbone, path = saved
-    student = models.load_student(path)
-    assert (student.architecture, student.classes, student.image_size) == ("resnet8", ["a", "b", "c"], 32)
-    assert not student.training and torch.equal(student(torch.ones(2, 3, 32, 32)), backbone(torch.ones(2, 3, 32, 32)))
+    student = load_student(path)
+    assert {fact: getattr(student, fact) for fact in FACTS} == {
+        **FACTS, "classes": ["a", "b", "c"], "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    x = torch.ones(2, 3, 32, 32)
+    assert student.architecture == "resnet8" and not student.training and torch.equal(student(x), backbone(x))
     mean, std = torch.tensor([student.mean, student.std])[..., None, None]
 
     pixels = torch.randint(256, (3, 50, 40), dtype=torch.uint8)
-    small = torchvision.transforms.v2.functional.resize(pixels, [36], antialias=True)           # [3, 45, 36]
+    small = torchvision.transforms.v2.functional.resize(pixels, [36], antialias=True)  # [3, 45, 36]
     assert torch.allclose(student.transform(pixels), (small[:, 6:38, 2:34] / 255 - mean) / std, atol=1e-5)
-    student.resize = 32                                                     # a set in memory
+    student.resize = 32  # a set in memory
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    fitted = torch.from_numpy(np.array(ImageOps.fit(image, (32, 32), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    fitted = np.array(ImageOps.fit(image, (32, 32), Image.Resampling.BICUBIC))
+    fitted = torch.from_numpy(fitted).permute(2, 0, 1)
     assert torch.allclose(student.transform(image), (fitted / 255 - mean) / std, atol=1e-5)
-    for mode, white in (("L", 255), ("LA", (9, 0)), ("RGBA", (1, 2, 3, 0)), ("CMYK", (0, 0, 0, 0)), ("I;16", 65535)):
+    whites = dict(L=255, LA=(9, 0), RGBA=(1, 2, 3, 0), CMYK=(0, 0, 0, 0)) | {"I;16": 65535}
+    for mode, white in whites.items():
         image = Image.new(mode, (50, 40), white)
         assert torch.allclose(student.transform(image), ((1 - mean) / std).expand(3, 32, 32), atol=1e-5), mode
-    with pytest.raises(ValueError, match="uint8"):
+    with pytest.raises(UserError, match="uint8"):
         student.transform(torch.zeros(3, 8, 8))
 
 
-def test_load_weights_with_another_number_of_classes(saved):
+def test_load_pretrained_with_another_number_of_classes(saved):
     backbone, path = saved
     other = models.Backbone("resnet8", 5).eval()
     before = copy.deepcopy(other.state_dict())
-    assert models.load_weights(other, "resnet8", path).startswith("54 of 56 tensors taken; the classifier stays")
+    content, words = load_pretrained(other, "resnet8", path)
+    assert words.startswith("54 of 56 tensors taken; the classifier stays")
+    assert content["classes"] == ["a", "b", "c"] and content["resize"] == 36
     for key, value in other.state_dict().items():
-        assert torch.equal(value, before[key] if key.startswith("classifier.") else backbone.state_dict()[key])
+        source = before if key.startswith("classifier.") else backbone.state_dict()
+        assert torch.equal(value, source[key])
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("resnet20", None, "holds a resnet8, not a resnet20"), ("resnet8", b"PK no zip", "no file of weights, or damaged"),
+    ("resnet20", None, "holds a resnet8, not a resnet20"),
+    ("resnet8", b"PK no zip", "no file of weights, or damaged"),
     ("resnet8", {"conv1.weight": torch.ones(1)}, "is no student file"),
-    ("resnet8", "missing", "cannot read .*: No such file"),
+    ("resnet8", "missing", "cannot read .*No such file"),
     ("resnet18", {"conv1.weight": torch.ones(64, 3, 7, 7)}, "does not fit resnet18: .*Missing key")])
 def test_files_that_do_not_fit(saved, name, content, message):
     _, path = saved
@@ -292,13 +322,13 @@ def test_files_that_do_not_fit(saved, name, content, message):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     backbone = models.Backbone(name, 3)
     before = copy.deepcopy(backbone.state_dict())
-    with pytest.raises(ValueError, match=message) as error:
-        models.load_weights(backbone, name, path)
+    with pytest.raises(UserError, match=message) as error:
+        load_pretrained(backbone, name, path)
     assert "\n" not in str(error.value)
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
     if content is not None:
-        with pytest.raises(ValueError, match="no student file|no file of weights|cannot read"):
-            models.load_student(path)
+        with pytest.raises(UserError, match="no student file|no file of weights|cannot read"):
+            load_student(path)
 
 
 # ---------------------------------------------------------------- the memory bank
@@ -307,10 +337,11 @@ LABELS = torch.tensor([0, 1, 0, 2, 1, 0, 0, 4])
 
 
 def test_bank_update():
-    bank, index = models.MemoryBank(LABELS, 2, 3, dim=4, momentum=0.3).to(memory_format=torch.channels_last), [5, 1]
+    bank, index = models.MemoryBank(LABELS, 2, 3, dim=4, momentum=0.3), [5, 1]
+    bank = bank.to(memory_format=torch.channels_last)
     before, z = bank.rows.float(), torch.randn(2, 3, 2, 4, requires_grad=True)
     assert bank.rows.is_contiguous() and torch.allclose(before.norm(dim=-1), torch.ones(2, 3, 8), atol=1e-3)
-    bank.update(z, torch.tensor(index))
+    bank.update(torch.tensor(index), z)
     for a, stage, i in itertools.product(range(2), range(3), range(8)):
         row = before[a, stage, i]
         if i in index:
@@ -319,27 +350,29 @@ def test_bank_update():
     assert not bank.stored.requires_grad and list(bank.state_dict()) == ["stored"]
 
 
-def test_bank_draw():
+def test_bank_sample():
     state = torch.random.get_rng_state()
     bank, again, other = (models.MemoryBank(LABELS, 1, 2, dim=4, negatives=4000, seed=s) for s in (0, 0, 1))
     assert torch.equal(bank.rows, again.rows) and not torch.equal(bank.rows, other.rows)
     index, everyone = torch.tensor([3, 5, 1]), torch.arange(8)
-    rows = bank.draw(index, 2, 7)
-    again.draw(index, 1, 6)                                                 # no trace of earlier draws
-    assert all(torch.equal(x, y) for x, y in zip(rows, again.draw(index, 2, 7), strict=True))
+    rows = bank.sample(index, 2, 7)
+    again.sample(index, 1, 6)  # no trace of earlier draws
+    assert all(torch.equal(x, y) for x, y in zip(rows, again.sample(index, 2, 7), strict=True))
     number = {tuple(row.tolist()): i for i, row in enumerate(bank.rows[0, 0])}
-    drawn = torch.tensor([number[tuple(row.tolist())] for row in rows.negatives[0, 0]])          # [K]
-    assert torch.equal(rows.negatives, bank.rows[:, :, drawn]) and torch.equal(rows.own, bank.rows[:, :, index])
+    drawn = torch.tensor([number[tuple(row.tolist())] for row in rows.negatives[0, 0]])  # [K]
+    assert torch.equal(rows.index, index) and torch.equal(rows.own, bank.rows[:, :, index])
+    assert torch.equal(rows.negatives, bank.rows[:, :, drawn])
     assert torch.equal(rows.same_class, LABELS[index][:, None] == LABELS[drawn])
     assert torch.allclose(drawn.bincount() / 4000, torch.full((8,), 1 / 8), atol=0.03)
-    for changed in (bank.draw(index, 2, 8), bank.draw(index, 3, 7), other.draw(index, 2, 7)):
+    for changed in (bank.sample(index, 2, 8), bank.sample(index, 3, 7), other.sample(index, 2, 7)):
         assert not torch.equal(rows.negatives, changed.negatives)
 
-    partners = torch.stack([bank.draw_partners(epoch) for epoch in range(600)])                  # [600, n]
-    for step in range(2):                                                   # the same in every step of an epoch
-        assert torch.equal(bank.draw(everyone, 4, step).positive, bank.rows[:, :, partners[4]])
+    partners = torch.stack([bank.sample_partners(epoch) for epoch in range(600)])  # [600, n]
+    for step in range(2):  # the same in every step of an epoch
+        assert torch.equal(bank.sample(everyone, 4, step).positive, bank.rows[:, :, partners[4]])
     for i in range(8):
         others = [j for j in range(8) if LABELS[j] == LABELS[i] and j != i] or [i]
         share = partners[:, i].bincount(minlength=8) / 600
-        assert share[others].sum() == 1 and torch.allclose(share[others], torch.tensor(1 / len(others)), atol=0.08)
+        assert share[others].sum() == 1
+        assert torch.allclose(share[others], torch.tensor(1 / len(others)), atol=0.08)
     assert torch.equal(torch.random.get_rng_state(), state)

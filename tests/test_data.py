@@ -1,4 +1,4 @@
-"""Tests of data.py: `pytest test_data.py`, under 15 s on two cores, no network and no GPU needed."""
+"""data.py, support/images.py, support/synthetic.py: plans, batches, folders, streaming, CIFAR; no network."""
 
 import hashlib
 import io
@@ -6,7 +6,6 @@ import itertools
 import multiprocessing
 import os
 import pickle
-import random
 import shutil
 import signal
 import subprocess
@@ -24,11 +23,15 @@ import pytest
 import torch
 import torchvision.transforms.functional as tvf
 from PIL import Image
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import RandomResizedCrop
 
 import data
-import models
-from data import Batch, DataError, augment, cut, epoch_plan, normalise
+from data import Batch, augment, cut, epoch_plan, normalise
+from support import images as images_module
+from support.console import ImageError, UserError
+from support.images import RandomView, decode, naming, read_image, read_in_order
+from support.synthetic import paint
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,8 @@ def synthetic():
 def small(synthetic):
     """A short InMemory: 601 training and 1,030 test images."""
     return replace(synthetic, **{f"{split}_{name}": getattr(synthetic, f"{split}_{name}")[:count]
-                                 for split, count in (("train", 601), ("test", 1030)) for name in ("images", "labels")})
+                                 for split, count in (("train", 601), ("test", 1030))
+                                 for name in ("images", "labels")})
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,8 @@ def stream(tmp_path_factory):
     return data.load("folder", root, stream=True)
 
 
-def write_folder(root, splits=("train", "test"), classes=("cat", "dog"), size=(32, 32), count=3, ending="png"):
+def write_folder(root, splits=("train", "test"), classes=("cat", "dog"), size=(32, 32), count=3,
+                 ending="png"):
     for split in splits:
         for name in classes:
             (root / split / name).mkdir(parents=True)
@@ -71,7 +76,7 @@ def equal(these, those):
 
 
 def message(name, data_dir, **options):
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         data.load(name, data_dir, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -81,12 +86,13 @@ def message(name, data_dir, **options):
 
 EQUAL_100 = torch.arange(5000) % 100
 EQUAL_10 = torch.arange(1000) % 10
-UNEQUAL = torch.repeat_interleave(torch.arange(7), torch.tensor([1, 2, 33, 400, 7, 0, 58]))  # n = 501: one stays alone
+UNEQUAL = torch.arange(7).repeat_interleave(torch.tensor([1, 2, 33, 400, 7, 0, 58]))  # 501: one stays alone
 SINGLES = torch.arange(40)
 
 
-@pytest.mark.parametrize("labels, batch_size", [(EQUAL_100, 128), (EQUAL_10, 64), (UNEQUAL, 16), (UNEQUAL[1:], 16),
-                                                (UNEQUAL, 500), (SINGLES, 8), (torch.zeros(3, dtype=torch.int64), 2)])
+@pytest.mark.parametrize("labels, batch_size", [
+    (EQUAL_100, 128), (EQUAL_10, 64), (UNEQUAL, 16), (UNEQUAL[1:], 16), (UNEQUAL, 500), (SINGLES, 8),
+    (torch.zeros(3, dtype=torch.int64), 2)])
 def test_plan_shows_every_image_once_in_spread_pairs_or_uniformly(labels, batch_size):
     n, steps = len(labels), len(labels) // batch_size
     for pairs in (False, True):
@@ -100,7 +106,7 @@ def test_plan_shows_every_image_once_in_spread_pairs_or_uniformly(labels, batch_
     same = Counter()
     for batch in plan:
         assert len(batch.index) == len(batch.top) == len(batch.left) == len(batch.flip)
-        pairs = labels[batch.index[:len(batch.index) // 2 * 2]].view(-1, 2)  # without an image that stays alone
+        pairs = labels[batch.index[:len(batch.index) // 2 * 2]].view(-1, 2)  # less an image that stays alone
         dealt = pairs[pairs[:, 0] == pairs[:, 1], 0].bincount(minlength=len(pairs_of))
         assert (dealt <= -(-pairs_of // steps)).all()
         same.update(dict(enumerate(dealt.tolist())))
@@ -160,20 +166,21 @@ def test_batch_sizes_that_do_not_fit(small, batch_size):
     few = replace(small, train_labels=torch.arange(41))
     assert few.steps_per_epoch(20) == 2
     for refuse in (few.steps_per_epoch, lambda size: epoch_plan(SINGLES, size, 4, 0, 0)):
-        with pytest.raises(DataError, match="batch size .* 40 is the largest that fits"):
+        with pytest.raises(UserError, match="batch size .* 40 is the largest that fits"):
             refuse(batch_size)
 
 
 @pytest.mark.parametrize("labels, unit", [(UNEQUAL, 2), (EQUAL_10, 2), (UNEQUAL, 1)])
 @pytest.mark.parametrize("size", [2, 3])
-def test_parts_are_equal_and_keep_pairs_together(labels, unit, size):
+def test_shares_are_equal_and_keep_pairs_together(labels, unit, size):
     left_out = []
     for epoch in (0, 1):
         seen = []
         for batch in epoch_plan(labels, 14, 4, 0, epoch, pairs=unit == 2):
-            parts = [cut(batch, (rank, size), pairs=unit == 2) for rank in range(size)]
-            assert {len(column) for part in parts for column in part} == {len(batch.index) // unit // size * unit}
-            joined = Batch(*columns(parts))
+            shares = [cut(batch, (rank, size), pairs=unit == 2) for rank in range(size)]
+            length = len(batch.index) // unit // size * unit
+            assert {len(column) for share in shares for column in share} == {length}
+            joined = Batch(*columns(shares))
             assert equal([joined], [[column[:len(joined.index)] for column in batch]])
             seen.append(joined.index)
         left_out.append(set(range(len(labels))) - set(torch.cat(seen).tolist()))
@@ -198,7 +205,8 @@ def test_normalise():
     images = torch.randint(0, 256, (5, 8, 6, 3), dtype=torch.uint8)
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.1])
     out = normalise(images, mean, std)
-    want = (images.permute(0, 3, 1, 2).double() / 255 - mean.double().view(3, 1, 1)) / std.double().view(3, 1, 1)
+    want = images.permute(0, 3, 1, 2).double() / 255 - mean.double().view(3, 1, 1)
+    want = want / std.double().view(3, 1, 1)
     assert out.dtype == torch.float32 and out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
 
@@ -210,27 +218,30 @@ def test_batches_in_memory(small):
             for b in plan]
     assert len(want) == 6 and equal(small.train_batches(100, seed=5, epoch=3), want)
     assert equal(small.train_batches(100, seed=5, epoch=3, start=4), want[4:])
-    assert equal([columns(small.test_batches())], [(normalise(small.test_images, mean, std), small.test_labels)])
-    plain, crop = (replace(small, augmentation=name).draw(*plan[0])[0] for name in ("none", "crop"))
+    test = normalise(small.test_images, mean, std), small.test_labels
+    assert equal([columns(small.test_batches())], [test])
+    plain, crop = (replace(small, augmentation=name).take(*plan[0])[0] for name in ("none", "crop"))
     assert plain.equal(normalise(small.train_images[plan[0].index], mean, std))
     flip = plan[0].flip[:, None, None, None]
     assert crop.equal(torch.where(flip, want[0][0].flip(-1), want[0][0])) and not crop.equal(want[0][0])
-    calls, draw = [], small.draw
-    small.draw = lambda *batch: calls.append(batch) or draw(*batch)  # as a recording takes its place
+    calls, take = [], small.take
+    small.take = lambda *batch: calls.append(batch) or take(*batch)  # as a recording takes its place
     assert equal(small.train_batches(100, seed=5, epoch=3), want) and equal(calls, plan)
 
 
 @pytest.mark.parametrize("kind", ["small", "stream"])
-def test_batches_of_parts_are_rows_of_the_whole(request, kind):
+def test_batches_of_shares_are_rows_of_the_whole(request, kind):
     dataset = request.getfixturevalue(kind)
     for pairs in (True, False):
-        whole, *halves = (dataset.train_batches(14, 0, 0, 1, pairs=pairs, part=p) for p in ((0, 1), (0, 2), (1, 2)))
-        for batch, *parts in zip(whole, *halves, strict=True):
-            assert len(parts[0][0]) == len(parts[1][0]) >= 6
-            assert equal([columns(parts)], [[column[:2 * len(parts[0][0])] for column in batch]])
+        whole, *halves = (dataset.train_batches(14, 0, 0, 1, pairs=pairs, share=share)
+                          for share in ((0, 1), (0, 2), (1, 2)))
+        for batch, *shares in zip(whole, *halves, strict=True):
+            assert len(shares[0][0]) == len(shares[1][0]) >= 6
+            assert equal([columns(shares)], [[column[:2 * len(shares[0][0])] for column in batch]])
     whole = columns(dataset.test_batches())
     for rank in range(7):
-        assert equal([columns(dataset.test_batches(part=(rank, 7)))], [[column[rank::7] for column in whole]])
+        share = columns(dataset.test_batches(share=(rank, 7)))
+        assert equal([share], [[column[rank::7] for column in whole]])
 
 
 @pytest.mark.parametrize("kind", ["small", "stream"])
@@ -240,6 +251,16 @@ def test_dataset_moves_to_a_device(request, kind):
     tensors = [name for name, value in vars(dataset).items() if isinstance(value, torch.Tensor)]
     assert len(tensors) >= 4 and {vars(moved)[name].device.type for name in tensors} == {"meta"}
     assert type(moved) is type(dataset) and moved.classes == dataset.classes and moved.mean == dataset.mean
+
+
+def test_what_files_say_of_the_data(synthetic):
+    assert synthetic.facts() == dict(classes=synthetic.classes, mean=synthetic.mean, std=synthetic.std,
+                                     image_size=32, resize=32, digest="synthetic")
+    synthetic.check_classes(tuple(synthetic.classes), "out/last.pt", "data")
+    words = ("^out/last.pt was trained on other classes .striped disc, .* than those of --dataset synthetic "
+             "--data-dir data .shaded disc, .* its own data set$")
+    with pytest.raises(UserError, match=words):
+        synthetic.check_classes(synthetic.classes[1:], "out/last.pt", "data")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -263,13 +284,16 @@ def test_validation_split_of_a_folder_without_test(tmp_path, stream):
 
 
 def test_validation_split_in_memory(synthetic, monkeypatch):
-    every = [getattr(synthetic, f"{split}_{name}") for split in ("train", "test") for name in ("images", "labels")]
-    monkeypatch.setattr(data, "_draw_synthetic", lambda size: (synthetic.classes, *every))
+    every = [getattr(synthetic, f"{split}_{name}")
+             for split in ("train", "test") for name in ("images", "labels")]
+    monkeypatch.setattr(data, "synthetic", lambda size: (synthetic.classes, *every))
     split = data.load("synthetic", validation_fraction=0.1)
-    assert split.validation_labels.bincount().tolist() == [50] * 20 and split.test_images.equal(synthetic.test_images)
+    assert split.validation_labels.bincount().tolist() == [50] * 20
+    assert split.test_images.equal(synthetic.test_images)
     both = torch.cat([split.train_images, split.validation_images]).numpy()
-    assert {image.tobytes() for image in both} == {image.tobytes() for image in synthetic.train_images.numpy()}
-    assert split.mean == data._mean_std(split.train_images)[0] != synthetic.mean
+    as_set = lambda images: {image.tobytes() for image in images}
+    assert as_set(both) == as_set(synthetic.train_images.numpy())
+    assert split.mean == data.mean_std(split.train_images)[0] != synthetic.mean
     assert len(synthetic.validation_labels) == len(synthetic.validation_images) == 0
 
 
@@ -277,14 +301,15 @@ def test_validation_split_in_memory(synthetic, monkeypatch):
 
 def assert_mean_and_std(loaded):
     pixels = loaded.train_images.double().flatten(0, 2) / 255
-    torch.testing.assert_close(loaded.mean_std.double(), torch.stack([pixels.mean(0), pixels.std(0, correction=0)]),
-                               rtol=1e-6, atol=1e-6)
+    want = torch.stack([pixels.mean(0), pixels.std(0, correction=0)])
+    torch.testing.assert_close(loaded.mean_std.double(), want, rtol=1e-6, atol=1e-6)
 
 
 def test_synthetic(synthetic):
     for split, count in (("train", 500), ("test", 100)):
         images, labels = (getattr(synthetic, f"{split}_{name}") for name in ("images", "labels"))
-        assert images.shape == (20 * count, 32, 32, 3) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+        assert images.shape == (20 * count, 32, 32, 3)
+        assert images.dtype == torch.uint8 and labels.dtype == torch.int64
         assert labels.bincount().tolist() == [count] * 20
     assert len(set(synthetic.classes)) == 20 and "striped disc" in synthetic.classes
     every = torch.cat([synthetic.train_images, synthetic.test_images])
@@ -292,19 +317,23 @@ def test_synthetic(synthetic):
     assert_mean_and_std(synthetic)
 
 
-def test_synthetic_ignores_and_keeps_the_global_generator(synthetic):
-    torch.manual_seed(7)
-    state = torch.get_rng_state()
-    again = data.load("synthetic")
-    assert torch.get_rng_state().equal(state)
-    assert again.train_images.equal(synthetic.train_images) and again.test_images.equal(synthetic.test_images)
-    draw = [data._draw(torch.arange(20), size, torch.Generator().manual_seed(0)) for size in (48, 24)]
+def test_synthetic_ignores_and_keeps_the_global_generator():
+    def load(seed):
+        torch.manual_seed(seed)
+        state, loaded = torch.get_rng_state(), data.load("synthetic", image_size=8)
+        assert torch.get_rng_state().equal(state)
+        return loaded
+
+    first, again = load(7), load(8)
+    assert again.train_images.equal(first.train_images) and again.test_images.equal(first.test_images)
+    draw = [paint(torch.arange(20), size, torch.Generator().manual_seed(0)) for size in (48, 24)]
     assert [tuple(images.shape) for images in draw] == [(20, 48, 48, 3), (20, 24, 24, 3)]
 
 
 def test_synthetic_classes_cannot_be_told_by_colour(synthetic):
     """Linear and nearest-mean classifiers on each image's mean colour stay near the chance of 5%."""
-    train, test = (i.double().flatten(1, 2).mean(1) / 255 for i in (synthetic.train_images, synthetic.test_images))
+    train, test = (images.double().flatten(1, 2).mean(1) / 255
+                   for images in (synthetic.train_images, synthetic.test_images))
     labels, truth = synthetic.train_labels, synthetic.test_labels
     centres = torch.stack([train[labels == c].mean(0) for c in range(20)])
     assert (torch.cdist(test, centres).argmin(1) == truth).double().mean() < 0.065
@@ -318,7 +347,8 @@ def test_synthetic_classes_cannot_be_told_by_colour(synthetic):
 def test_folder(tmp_path, monkeypatch):
     write_folder(tmp_path, splits=("train", "val"))
     loaded = data.load("folder", str(tmp_path))
-    assert loaded.classes == ["cat", "dog"] and loaded.notes == [] and loaded.resize == loaded.image_size == 32
+    assert loaded.classes == ["cat", "dog"] and loaded.notes == []
+    assert loaded.resize == loaded.image_size == 32
     assert loaded.train_labels.tolist() == loaded.test_labels.tolist() == [0] * 3 + [1] * 3
     want = np.stack([np.asarray(Image.open(tmp_path / "train" / "dog" / f"{i}.png")) for i in range(3)])
     assert np.array_equal(loaded.train_images[3:].numpy(), want)
@@ -329,7 +359,8 @@ def test_folder(tmp_path, monkeypatch):
 
 
 RED, GRAY = (200, 20, 20), (80, 80, 80)
-KINDS = [*(("RGB", RED, RED, ending) for ending in ("jpg", "png", "webp")),  # mode, colour, what it decodes to
+# mode, colour, what it decodes to, ending
+KINDS = [*(("RGB", RED, RED, ending) for ending in ("jpg", "png", "webp")),
          *(("L", 80, GRAY, ending) for ending in ("jpg", "png")), ("LA", (80, 255), GRAY, "png"),
          *(("CMYK", (55, 235, 235, 0), RED, ending) for ending in ("jpg", "tif")),
          *(("P", RED, RED, ending) for ending in ("png", "gif")), ("1", 1, (255, 255, 255), "png"),
@@ -340,13 +371,14 @@ KINDS = [*(("RGB", RED, RED, ending) for ending in ("jpg", "png", "webp")),  # m
 @pytest.mark.parametrize("stream", [False, True, "without torchvision's decoder"])
 def test_folder_takes_every_kind_of_image(tmp_path, monkeypatch, stream):
     if isinstance(stream, str):
-        monkeypatch.setattr(data, "decode_jpeg", None)
+        monkeypatch.setattr(images_module, "decode_jpeg", None)
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             (tmp_path / split / name).mkdir(parents=True)
             for i, (mode, colour, _, ending) in enumerate(KINDS):
-                settings = {"webp": {"lossless": True}, "jpg": {"quality": 100, "subsampling": 0}}.get(ending, {})
-                Image.new(mode, (32, 32), colour).save(tmp_path / split / name / f"{i:02}.{ending}", **settings)
+                exact = dict(webp=dict(lossless=True), jpg=dict(quality=100, subsampling=0))
+                file = tmp_path / split / name / f"{i:02}.{ending}"
+                Image.new(mode, (32, 32), colour).save(file, **exact.get(ending, {}))
     loaded = data.load("folder", tmp_path, stream=bool(stream), workers=1)
     mean, std = loaded.mean_std[:, :, None, None]
     images, labels = columns(loaded.test_batches())
@@ -355,8 +387,6 @@ def test_folder_takes_every_kind_of_image(tmp_path, monkeypatch, stream):
         error = (image * std + mean) * 255 - torch.tensor(want)[:, None, None]
         assert error.abs().max() < (4.01 if ending == "jpg" else 1.01), (mode, ending)
     assert sum(len(batch[1]) for batch in loaded.train_batches(4, 0, 0)) == 2 * len(KINDS)
-    for file in (tmp_path / "test/cat").iterdir():  # a student's transform sees the same
-        assert np.array_equal(models.to_rgb(Image.open(file)), data._rgb(Image.open(file)))
 
 
 def test_folder_takes_transparent_palettes_first_frames_and_orientation(tmp_path):
@@ -373,10 +403,10 @@ def test_folder_takes_transparent_palettes_first_frames_and_orientation(tmp_path
     turned.save(tmp_path / "turned.png", exif=exif)
     turned.save(tmp_path / "turned.jpg", exif=exif, quality=100)
     names = ["palette.png", "animated.webp", "turned.png", "turned.jpg"]
-    images = data._decode(tmp_path, np.array(names, "S"), 32)
+    images = decode(tmp_path, np.array(names, "S"), 32)
     assert (images[0] == 255).all() and (images[1] == torch.tensor([255, 0, 0])).all()
     assert np.array_equal(images[2].numpy(), np.asarray(upright)) and images[3].equal(images[2])
-    assert all(data.read_image(tmp_path / name).permute(1, 2, 0).equal(image)
+    assert all(read_image(tmp_path / name).permute(1, 2, 0).equal(image)
                for name, image in zip(names, images, strict=True))
 
 
@@ -386,30 +416,29 @@ def test_folder_resizes_the_shorter_side_and_crops_the_centre(tmp_path, size):
     ramp = np.broadcast_to(ramp if size[0] > size[1] else ramp[:, None], (size[1], size[0]))
     image = Image.fromarray(ramp.copy())
     image.save(tmp_path / "ramp.png")
-    decoded = data._decode(tmp_path, np.array(["ramp.png"], "S"), 16)[0].int()
+    decoded = decode(tmp_path, np.array(["ramp.png"], "S"), 16)[0].int()
     scale = 16 / min(size)
     want = image.resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.BICUBIC)
     want = tvf.pil_to_tensor(tvf.center_crop(want, 16)).permute(1, 2, 0).int()
     assert decoded.shape == (16, 16, 3) and (decoded - want).abs().max() <= 8
 
 
-def cut_short(root, length):
-    file = root / "test/dog/1.png"
-    file.write_bytes(file.read_bytes()[:length])
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[:2000])
 
 
 @pytest.mark.parametrize("spoil, words", [  # words: {} is the folder
     (lambda root: shutil.rmtree(root), ["no folder {} that", "{}/train/CLASS"]),
-    (lambda root: (shutil.rmtree(root), root.write_text("")), ["no folder {} that"]),
-    (lambda root: shutil.rmtree(root / "train"), ["no folder {}/train"]),
-    (lambda root: (shutil.rmtree(root / "train"), (root / "train").mkdir()), ["{}/train has no class folders"]),
+    (lambda root: (shutil.rmtree(root / "train"), (root / "train").mkdir()),
+     ["{}/train has no class folders"]),
     (lambda root: shutil.rmtree(root / "test"), ["no folder {}/test", "--validation-fraction 0.1"]),
     (lambda root: shutil.rmtree(root / "train/dog"), ["one class only (cat)"]),
-    (lambda root: (root / "test/dog").rename(root / "test/cow"), ["only in {}/train: dog; only in {}/test: cow"]),
+    (lambda root: (root / "test/dog").rename(root / "test/cow"),
+     ["only in {}/train: dog; only in {}/test: cow"]),
     (lambda root: [file.rename(f"{file}.txt") for file in (root / "train/dog").iterdir()], ["in class dog"]),
-    (lambda root: os.mkfifo(root / "test/dog/3.png"), ["{}/test/dog/3.png is no file (a FIFO"]),  # open() would wait
-    (lambda root: cut_short(root, 2000), ["cannot read image {}/test/dog/1.png ("]),
-    (lambda root: cut_short(root, 0), ["cannot read image {}/test/dog/1.png ("])])
+    (lambda root: os.mkfifo(root / "test/dog/3.png"),
+     ["{}/test/dog/3.png is no file (a FIFO"]),  # open() would wait
+    (lambda root: cut_short(root / "test/dog/1.png"), ["cannot read image {}/test/dog/1.png ("])])
 def test_folder_errors_say_where_and_how(tmp_path, spoil, words):
     root = write_folder(tmp_path / "root")
     spoil(root)
@@ -419,7 +448,8 @@ def test_folder_errors_say_where_and_how(tmp_path, spoil, words):
 
 def test_folder_that_cannot_be_split_opened_or_listed(tmp_path, monkeypatch):
     root = write_folder(tmp_path, splits=("train",), count=1)
-    assert "one image alone cannot be split, class cat, dog" in message("folder", root, validation_fraction=0.5)
+    told = message("folder", root, validation_fraction=0.5)
+    assert "one image alone cannot be split, class cat, dog" in told
     write_folder(root, splits=("test",))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert "0.png" in message("folder", root) and "decompression bomb" in message("folder", root)
@@ -432,33 +462,58 @@ def test_folder_that_cannot_be_split_opened_or_listed(tmp_path, monkeypatch):
 
 
 def test_folder_names_what_it_leaves_out(tmp_path):
+    """The images and their order are those of torchvision's ImageFolder."""
     root = write_folder(tmp_path / "root")
-    cat, dog = root / "train" / "cat", root / "train" / "dog"
+    cat = root / "train" / "cat"
+    (cat / "deep" / "er").mkdir(parents=True)
+    for old, new in (("0.png", "deep/er/0.png"), ("1.png", "deep/z.png"), ("2.png", "dee.PNG")):
+        (cat / old).rename(cat / new)
+    usual = [(os.path.relpath(path, root), c) for path, c in ImageFolder(root / "train").samples]
     for path in (cat / "a.txt", cat / "b.txt", root / "train" / "readme", cat / ".hidden.png"):
         path.write_text("not an image")
     write_folder(root / "train", splits=(".checkpoints",))
-    (cat / "deep" / "er").mkdir(parents=True)
-    (cat / "0.png").rename(cat / "deep" / "er" / "0.png")
-    (dog / "cats").symlink_to(cat)  # no loop: the same images again
-    (cat / "dogs").symlink_to(dog)
-    (cat / "up").symlink_to(root)  # walked again and again this would make 120 images 4,920
     loaded = data.load("folder", root, stream=True)
-    own = {cat: ["1.png", "2.png", "deep/er/0.png"], dog: ["0.png", "1.png", "2.png"]}
-    want = [*own[cat], *(f"dogs/{name}" for name in own[dog]), *own[dog], *(f"cats/{name}" for name in own[cat])]
-    want = [f"train/{name}/{file}" for name, file in zip(["cat"] * 6 + ["dog"] * 6, want, strict=True)]
-    assert loaded.train_files.astype(str).tolist() == want and loaded.train_labels.tolist() == [0] * 6 + [1] * 6
-    loops = {note.split()[0] for note in loaded.notes[:-1] if "leads back" in note}
-    assert loops == {str(root / "train" / name) for name in ("cat/up", "cat/dogs/cats", "dog/cats/up", "dog/cats/dogs")}
-    assert len(loaded.notes) == 5 and f'{root / "train"}: 5 files skipped' in loaded.notes[-1]
+    assert loaded.classes == ["cat", "dog"]
+    assert list(zip(loaded.train_files.astype(str), loaded.train_labels.tolist(), strict=True)) == usual
+    [note] = loaded.notes
+    assert f'{root / "train"}: 3 files or links skipped' in note and f'{cat / "a.txt"}, ' in note
+
+
+def test_links(tmp_path):
+    """To a class and to images they are followed, to a folder inside a class counted; upward none hangs."""
+    root, elsewhere = tmp_path / "root", write_folder(tmp_path / "elsewhere", splits=("all",)) / "all"
+    (root / "train" / "dog").mkdir(parents=True)
+    (root / "train" / "cat").symlink_to(elsewhere / "cat")
+    for file in (elsewhere / "dog").iterdir():
+        (root / "train" / "dog" / file.name).symlink_to(file)
+    (root / "test").symlink_to(root / "train")
+
+    def files(**more):
+        loaded, found = data.load("folder", root, stream=True), dict(**more, cat="", dog="")
+        assert loaded.classes == list(found) and loaded.train_labels.bincount().tolist() == [3] * len(found)
+        want = itertools.product(found.items(), range(3))
+        want = [f"train/{name}/{deep}{i}.png" for (name, deep), i in want]
+        assert loaded.train_files.astype(str).tolist() == want
+        return loaded
+
+    assert files().notes == []
+    (elsewhere / "cat" / "dogs").symlink_to(elsewhere / "dog")
+    (elsewhere / "cat" / "up").symlink_to(root)
+    (root / "train" / "dog" / "self").symlink_to(root / "train" / "dog")
+    skipped = ", ".join(str(root / "train" / name) for name in ("cat/dogs", "cat/up", "dog/self"))
+    assert files().notes[0] == f'{root / "train"}: 3 files or links skipped, not images of a class: {skipped}'
+    (root / "train" / "all").symlink_to(root)  # a class, of what lies below and is no link
+    files(all="train/dog/")
 
 
 @pytest.mark.parametrize("name, options, words", [
     ("mnist", {}, ("mnist", "cifar100")), ("cifar10", {"image_size": 64}, ("32 pixels, not 64",)),
-    ("synthetic", {"stream": True}, ("leave --stream out",)), ("synthetic", {"augment": "flip"}, ("flip", "crop-flip")),
+    ("synthetic", {"stream": True}, ("leave --stream out",)),
+    ("synthetic", {"augment": "flip"}, ("flip", "crop-flip")),
     ("synthetic", {"validation_fraction": 1}, ("less than 1",))])
 def test_wrong_options(name, options, words):
     assert all(word in message(name, "data", **options) for word in words)
-    assert str(DataError("two\nlines")) == "two lines"
+    assert str(UserError("two\nlines")) == "two lines"
 
 
 # ---------------------------------------------------------------- streaming
@@ -497,41 +552,66 @@ def test_stream_views_are_those_of_torchvision(stream):
         got = got * stream.mean_std[1][:, None, None] + stream.mean_std[0][:, None, None]
         return (255 * got - want).abs().max() < 1.01
 
-    image = data.read_image(os.path.join(stream.data_dir, "test", "cat", "0.jpg"))
+    image = read_image(os.path.join(stream.data_dir, "test", "cat", "0.jpg"))
     assert image.equal(tvf.pil_to_tensor(Image.open(os.path.join(stream.data_dir, "test", "cat", "0.jpg"))))
     centre = tvf.center_crop(tvf.resize(image, [37], antialias=True), [32, 32])  # 37 = round(32 * 256 / 224)
     assert stream.resize == 37 and close(next(stream.test_batches())[0][0], centre)
     images, _, index = next(replace(stream, augmentation="none").train_batches(20, 0, 0))
     again = torch.cat([batch[0] for batch in replace(stream, test_files=stream.train_files).test_batches()])
     assert images.equal(again[index])
-    for i in range(8):
-        generator = random.Random(f"seed,{i}")
-        flip, box = generator.random() < 0.5, data.crop_box(30, 40, generator)
-        want = tvf.resized_crop(image, *box, [32, 32], antialias=True).int()
-        assert (data.random_view("seed", 32, True, image, i) - (want.flip(-1) if flip else want)).abs().max() <= 1
 
 
-def test_crop_boxes_are_those_of_random_resized_crop():
+H, W = 60, 80
+Y, X = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+COORDINATES = torch.stack([Y, X, torch.zeros(H, W)])
+
+
+def boxes(key, flip=True, count=2000):
+    """What views of COORDINATES show: top, left, height, width, int64 [n, 4]; whether flipped, bool [n]."""
+    view = RandomView(key, 8, flip)
+    views = torch.stack([view(COORDINATES, i) for i in range(count)])  # [n, 3, 8, 8]
+    y, x = views[:, 0, :, 0], views[:, 1, 0]  # [n, 8] each
+    flipped = x[:, 0] > x[:, -1]
+    size = torch.stack([(c[:, 6] - c[:, 1]).abs() / 5 * 8 for c in (y, x)], 1).round()  # 0 and 7: cut filters
+    corner = torch.stack([c.mean(1) + 0.5 for c in (y, x)], 1) - size / 2
+    assert (corner - corner.round()).abs().max() < 0.1
+    return torch.cat([corner.round(), size], 1).long(), flipped
+
+
+def test_random_views_are_those_of_random_resized_crop():
     torch.manual_seed(0)
-    limits = torch.empty(3, 300, 400), (0.08, 1), (3 / 4, 4 / 3)
-    mine = torch.tensor([data.crop_box(300, 400, random.Random(str(i))) for i in range(2000)]).double()
-    theirs = torch.tensor([RandomResizedCrop.get_params(*limits) for _ in range(2000)]).double()
-    for statistic in (lambda box: box, lambda box: box[:, 2] * box[:, 3], lambda box: (box[:, 3] / box[:, 2]).log()):
+    limits = torch.empty(3, H, W), (0.08, 1), (3 / 4, 4 / 3)
+    (mine, flipped), theirs = boxes("key"), [RandomResizedCrop.get_params(*limits) for _ in range(2000)]
+    mine, theirs = mine.double(), torch.tensor(theirs).double()
+    for statistic in (lambda box: box, lambda box: box[:, 2] * box[:, 3],
+                      lambda box: (box[:, 3] / box[:, 2]).log()):
         a, b = statistic(mine), statistic(theirs)
         assert ((a.mean(0) - b.mean(0)).abs() < 0.13 * b.std(0)).all()  # 4 standard errors
         assert ((a.std(0) / b.std(0)).log().abs() < 0.1).all()
-    assert (mine >= 0).all() and (mine[:, :2] + mine[:, 2:] <= torch.tensor([300, 400])).all()
-    for size, box in (((10, 1000), (0, 493, 10, 13)), ((1000, 10), (493, 0, 13, 10))):  # none fits: the middle
-        assert data.crop_box(*size, random.Random("0")) == box == RandomResizedCrop.get_params(
-            torch.empty(3, *size), *limits[1:])
+    assert (mine >= 0).all() and (mine[:, :2] + mine[:, 2:] <= torch.tensor([H, W])).all()
+    assert 900 < flipped.sum() < 1100
+
+
+def test_a_random_view_is_a_function_of_its_key_and_number():
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    (first, flipped), (plain, never) = boxes("0,1", count=100), boxes("0,1", flip=False, count=100)
+    assert torch.get_rng_state().equal(state)
+    torch.manual_seed(4)
+    again, other = boxes("0,1", count=100), boxes("0,2", count=100)
+    assert first.equal(again[0]) and flipped.equal(again[1])
+    assert len(first.unique(dim=0)) == 100 and not (first == other[0]).all(1).any()  # two numbers, two keys
+    assert not flipped.equal(other[1])
+    assert first.equal(plain) and not never.any()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_stream_names_a_broken_file_in_one_line(tmp_path, workers):
-    loaded = data.load("folder", write_folder(tmp_path, size=(90, 90), ending="jpg"), stream=True, workers=workers)
+    write_folder(tmp_path, size=(90, 90), ending="jpg")
+    loaded = data.load("folder", tmp_path, stream=True, workers=workers)
     broken = tmp_path / "train" / "dog" / "1.jpg"
-    broken.write_bytes(broken.read_bytes()[:2000])
-    with pytest.raises(DataError) as caught:
+    cut_short(broken)
+    with pytest.raises(ImageError) as caught:
         list(loaded.train_batches(2, 0, 0))
     assert f"cannot read image {broken} (" in str(caught.value) and "\n" not in str(caught.value)
 
@@ -545,15 +625,25 @@ def test_imagenet_has_its_own_size_statistics_and_folders(tmp_path):
     assert len(loaded.test_labels) == 4 and next(loaded.test_batches())[0].shape == (4, 3, 224, 224)
 
 
-def test_errors_in_workers_are_not_called_broken_images():
-    def fail(error):
-        with data.naming("x.png") if isinstance(error, MemoryError) else nullcontext():
-            raise error
+class Failing(torch.utils.data.Dataset):
+    """Its one item is an error."""
 
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        with naming("x.png") if isinstance(self.error, MemoryError) else nullcontext():
+            raise self.error
+
+
+def test_errors_in_workers_are_not_called_broken_images():
     before = multiprocessing.active_children()
     for error in (RuntimeError("shapes differ"), MemoryError()):
         with pytest.raises(type(error)):
-            list(data.read_items(fail, [error], 1))
+            list(read_in_order(Failing(error), 1))
         assert multiprocessing.active_children() == before
 
 
@@ -570,7 +660,7 @@ def test_workers_leave_signals_to_the_program_and_a_killed_one_is_one_line(strea
     os.kill(worker.pid, signal.SIGKILL)
     os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
     time.sleep(0.01)  # nothing is raised here, in the middle of a step
-    with pytest.raises(DataError, match="a process that reads images has ended .*--workers") as caught:
+    with pytest.raises(ImageError, match="a process that reads images has ended .*--workers") as caught:
         list(batches)
     assert "\n" not in str(caught.value)
 
@@ -589,7 +679,7 @@ class Trap:
 
 @pytest.fixture(params=["cifar100", "cifar10"])
 def stand_in(request, tmp_path, monkeypatch):
-    """A small archive of the real layout, and its MD5 sums, for torchvision's own class; a stand-in for the server."""
+    """A small archive of the real layout and its MD5 sums, for torchvision's class; it stands in for the server."""
     cifar = data.CIFAR[request.param][0]
     key = "fine_labels" if request.param == "cifar100" else "labels"
     source = tmp_path / "source" / cifar.base_folder
@@ -625,12 +715,13 @@ def test_cifar_is_fetched_checked_and_unpacked(stand_in, tmp_path, capsys):
     loaded = data.load(name, tmp_path / "new" / "data")
     for images, labels, files in ((loaded.train_images, loaded.train_labels, cifar.train_list),
                                   (loaded.test_images, loaded.test_labels, cifar.test_list)):
-        want = np.concatenate([pixels[file].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for file, _ in files])
+        want = np.concatenate([pixels[file] for file, _ in files])
+        want = want.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         assert images.dtype == torch.uint8 and images.is_contiguous() and np.array_equal(images.numpy(), want)
         assert labels.dtype == torch.int64 and labels.tolist() == [0, 1, 2, 2, 1, 0] * len(files)
     assert loaded.classes == ["apple", "bear", "cup"]
     archive.unlink()
-    split = data.load(name, tmp_path / "new" / "data", validation_fraction=0.5)  # the second time from the disk
+    split = data.load(name, tmp_path / "new" / "data", validation_fraction=0.5)  # now from the disk
     assert capsys.readouterr().out == ""
     assert split.mean[0] == loaded.mean[0] == {"cifar100": 0.5071, "cifar10": 0.4914}[name]
 
@@ -639,7 +730,8 @@ def test_cifar_is_not_fetched_twice_at_once(stand_in, tmp_path, monkeypatch):
     pytest.importorskip("fcntl")
     name, cifar, *_ = stand_in
     code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    other = lambda: subprocess.run([sys.executable, "-c", code, tmp_path / ".lock"], capture_output=True).returncode
+    command = [sys.executable, "-c", code, tmp_path / ".lock"]
+    other = lambda: subprocess.run(command, capture_output=True).returncode
     during, real = [], cifar.download
     monkeypatch.setattr(cifar, "download", lambda self: during.append(other()) or real(self))
     data.load(name, tmp_path)
@@ -675,9 +767,8 @@ WAYS_OUT = ["https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "{}/cifa
 @pytest.mark.parametrize("where, error, words", [
     (urllib.request, URLError("Name or service not known"), ["Name or service not known", *WAYS_OUT]),
     (urllib.request, TimeoutError("timed out"), ["timed out", *WAYS_OUT]),
-    (urllib.request, ConnectionResetError("reset"), ["reset", *WAYS_OUT]),
-    (data.datasets.cifar, PermissionError(13, "Permission denied"), ["--data-dir {}", "Permission denied"]),
-    (data.datasets.cifar, OSError(28, "No space left on device"), ["--data-dir {}", "No space left on device"])])
+    (data.datasets.cifar, OSError(28, "No space left on device"),
+     ["--data-dir {}", "No space left on device"])])
 def test_cifar_without_network_or_disk_names_the_ways_out(tmp_path, monkeypatch, where, error, words):
     timeouts = []
 

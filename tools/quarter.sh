@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The table "A quarter of CIFAR-100" of docs/RESULTS.md: makes the subset by links, trains, compares.
-#   docs/quarter.sh CIFAR100 WORK [SEED ...]     CIFAR100: the images as train/CLASS/* and test/CLASS/*
-#   EPOCHS=96 METHODS="independent deep-supervision lmcl" docs/quarter.sh CIFAR100 WORK 0
+#   tools/quarter.sh CIFAR100 WORK [SEED ...]     CIFAR100: the images as train/CLASS/* and test/CLASS/*
+#   EPOCHS=96 METHODS="independent deep-supervision lmcl" tools/quarter.sh CIFAR100 WORK 0
 # Runs go one after the other, on one core each; start it twice with other seeds for two cores. A run that was
 # interrupted goes on, a finished one takes seconds. FLAGS="--amp bf16" where the CPU has bfloat16 instructions.
 set -euo pipefail

@@ -1,14 +1,20 @@
-"""compare.py on small logs written here."""
+"""compare.py on small logs written here, and on old ones of docs/logs."""
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
 import compare
+import options
+from support.arguments import WHERE
+
+LOGS = Path(compare.__file__).parent / "docs" / "logs"
 
 
 def epoch(number, *top1, on="test", **more):
@@ -39,17 +45,54 @@ def run(capsys, *argv):
 
 def test_seeds_are_pooled_and_options_that_differ_make_groups(tmp_path, capsys):
     a = write_log(tmp_path / "a", epoch(1, 60, 62), epoch(2, 40, 50, test_top5=[90, 80]), seed=1)
-    b = write_log(tmp_path / "b", epoch(1, 10, 20), epoch(2, 43, 54, test_top5=[91, 83]), seed=2, data_dir="y")
+    b = write_log(tmp_path / "b", epoch(1, 10, 20), epoch(2, 43, 54, test_top5=[91, 83]), seed=2,
+                  data_dir="y")
     c = write_log(tmp_path / "c", epoch(1, 1, 1), epoch(2, 30, 31), method="mcl", tau=0.2)
     d = write_log(tmp_path / "d", epoch(1, 1, 1), epoch(2, 32, 33), method="mcl", tau=0.1)
-    status, rows, errors = run(capsys, a, b / "log.jsonl", c, d, tmp_path / "a" / ".." / "b")      # b twice
+    status, rows, errors = run(capsys, a, b / "log.jsonl", c, d, tmp_path / "a" / ".." / "b")  # b twice
     assert (status, errors) == (0, [])
-    assert rows[0] == {"method": "lmcl", "tau": "-", "student 1 resnet8": "41.50 +- 2.12",   # 3/sqrt(2)
-                       "student 2 resnet20": "52.00 +- 2.83", "mean": "46.75 +- 2.47", "top-5 mean": "86.00 +- 1.41",
+    assert rows[0] == {"method": "lmcl", "tau": "-", "student 1 resnet8": "41.50 +- 2.12",  # 3/sqrt(2)
+                       "student 2 resnet20": "52.00 +- 2.83", "mean": "46.75 +- 2.47",
+                       "top-5 mean": "86.00 +- 1.41",
                        "best epoch (chosen on)": "54.75 +- 8.84 (test)", "n (seeds)": "2 (1 2)",
                        "epochs done": "2 of 2"}
     assert [(row["tau"], row["mean"], row["top-5 mean"], row["n (seeds)"]) for row in rows[1:]] == [
         ("0.2", "30.50", "", "1 (0)"), ("0.1", "32.50", "", "1 (0)")]
+
+
+def test_runs_of_an_earlier_version_join_those_of_their_method(tmp_path, capsys):
+    """Earlier logs hold tau for methods that do not read it."""
+    old = write_log(tmp_path / "old", epoch(2, 1, 2), method="dml", tau=0.1, seed=1)
+    new = write_log(tmp_path / "new", epoch(2, 3, 4), method="dml", seed=2)
+    others = [write_log(tmp_path / f"tau{tau}", epoch(2, 5, 6), tau=tau) for tau in (0.1, 0.2)]
+    _, rows, _ = run(capsys, old, new, *others)
+    assert [(row["method"], row["tau"], row["n (seeds)"]) for row in rows] == [
+        ("dml", "0.1", "2 (1 2)"), ("lmcl", "0.1", "1 (0)"), ("lmcl", "0.2", "1 (0)")]
+
+
+def test_where_and_how_far_a_run_went_and_its_seed_make_no_group(tmp_path, capsys):
+    """Every option of WHERE differs at once; the log has the first command's, --resume went on to the end."""
+    paths = [write_log(tmp_path / str(i), epoch(1, 4, 4), epoch(2, 5 + i, 5), seed=i,
+                       **{name: 5 * i for name in WHERE}) for i in (0, 1)]
+    assert {"max_steps", "device", "out_dir", "data_dir", "resume", "evaluate"} <= WHERE
+    _, (row,), _ = run(capsys, *paths)
+    assert row["n (seeds)"] == "2 (0 1)" and row["epochs done"] == "2 of 2"
+    assert not (WHERE | {"seed"}) & row.keys()
+
+
+def test_old_logs_are_pooled_with_a_run_of_the_same_command_today(tmp_path, capsys):
+    """lmcl-0 is from before --batches, --contrast, --matching and the digest, lmcl-1 from before methods had
+    options of their own."""
+    logs = [LOGS / f"quarter-lmcl-{i}.jsonl" for i in (0, 1)]
+    header, *epochs = map(json.loads, logs[1].read_text().splitlines())
+    args = vars(options.parse("", [*shlex.split(header["command"])[2:], "--seed", "7"]))
+    oldest = json.loads(logs[0].read_text().splitlines()[0])["args"]
+    assert header["args"].keys() - args.keys() and args.keys() - oldest.keys()
+    today = write_log(tmp_path / "today", *epochs, classes=header["classes"], **args)
+    status, (row,), errors = run(capsys, *logs, today)
+    assert (status, errors, row["n (seeds)"], row["epochs done"]) == (0, [], "3 (0 1 7)", "24 of 24")
+    last = [mean(json.loads(log.read_text().splitlines()[-1])["test_top1"]) for log in [*logs, logs[1]]]
+    assert row["mean"] == f"{mean(last):.2f} +- {stdev(last):.2f}"
 
 
 def test_an_option_missing_in_an_older_log_does_not_differ(tmp_path, capsys):
@@ -68,13 +111,6 @@ def test_matching_is_lmcls_alone_and_learned_in_a_log_from_before_the_option(tmp
         ("lmcl", "learned", "2 (0 1)"), ("lmcl", "uniform", "1 (2)"), ("mcl", "-", "2 (3 4)")]
 
 
-def test_how_far_the_first_command_was_to_go_makes_no_group(tmp_path, capsys):
-    """The log keeps the first command's options; --resume without --max-steps went on to the end."""
-    paths = [write_log(tmp_path / str(s), epoch(1, 4, 4), epoch(2, 5, 5), seed=s, max_steps=5 * s) for s in (0, 1)]
-    _, (row,), _ = run(capsys, *paths)
-    assert row["n (seeds)"] == "2 (0 1)" and row["epochs done"] == "2 of 2" and "max_steps" not in row
-
-
 def test_max_steps_at_the_end_is_an_end(tmp_path, capsys):
     _, (row,), _ = run(capsys, write_log(tmp_path / "a", epoch(1, 4, 4), epoch(2, 5, 5), max_steps=20))
     assert row["epochs done"] == "2 of 2"
@@ -90,12 +126,13 @@ def test_runs_on_other_images_are_another_group(tmp_path, capsys):
 
 
 def test_runs_on_other_classes_are_another_group(tmp_path, capsys):
-    _, rows, _ = run(capsys, *(write_log(tmp_path / c, epoch(2, 5, 5), classes=list(c)) for c in ("ab", "abc")))
+    paths = [write_log(tmp_path / c, epoch(2, 5, 5), classes=list(c)) for c in ("ab", "abc")]
+    _, rows, _ = run(capsys, *paths)
     assert [row["classes"] for row in rows] == ["2", "3"]
 
 
 def test_runs_of_unequal_length_and_numbers_of_students(tmp_path, capsys):
-    """Each is a row: under way, ended by --max-steps, scored on validation images only until its end; one student."""
+    """Each is a row: under way, ended by --max-steps, on validation images until its end; one student."""
     paths = [write_log(tmp_path / "whole", epoch(1, 1, 3), epoch(2, 5, 7)),
              write_log(tmp_path / "under way", epoch(1, 2, 4), seed=1),
              write_log(tmp_path / "ended", {**epoch(2, 9, 9), "step": 15}, seed=2, max_steps=15),
@@ -110,13 +147,15 @@ def test_runs_of_unequal_length_and_numbers_of_students(tmp_path, capsys):
         ["resnet8 resnet20", "7.00", "6.00", "6.00 (test)", "2 of 2"],
         ["resnet8 resnet20", "4.00", "3.00", "3.00 (test)", "1 of 2, unfinished"],
         ["resnet8 resnet20", "9.00", "9.00", "9.00 (test)", "2 of 2, unfinished"],
-        ["resnet8 resnet20", "70.00", "65.00", "65.00 (validation)", "1 of 2, unfinished, on validation images"],
+        ["resnet8 resnet20", "70.00", "65.00", "65.00 (validation)",
+         "1 of 2, unfinished, on validation images"],
         ["resnet8 resnet20", "22.00", "21.00", "80.00 (validation)", "2 of 2"],
         ["resnet8", "", "8.00", "8.00 (test)", "2 of 2"]]
 
 
 DAMAGE = ['{"epoch": 2, "st', "[" * 99999, "[]", "{}", '{"epoch": 2, "step": 3, "test_top1": []}',
-          '{"epoch": 2, "step": 3, "test_top1": [NaN]}', '{"epoch": 2, "step": 3, "test_top1": [1], "test_top5": 7}']
+          '{"epoch": 2, "step": 3, "test_top1": [NaN]}',
+          '{"epoch": 2, "step": 3, "test_top1": [1], "test_top5": 7}']
 
 
 @pytest.mark.parametrize("line", DAMAGE, ids=range(len(DAMAGE)))
@@ -129,22 +168,24 @@ def test_a_damaged_line_is_left_out_with_a_word(tmp_path, capsys, line):
 
 
 def test_what_is_no_run_is_left_out_with_a_word(tmp_path, capsys):
-    good, empty, binary = write_log(tmp_path / "good", epoch(2, 5, 7)), tmp_path / "empty", tmp_path / "picture.png"
+    good = write_log(tmp_path / "good", epoch(2, 5, 7))
+    empty, binary = tmp_path / "empty", tmp_path / "picture.png"
     empty.mkdir()
     binary.write_bytes(b"\x89PNG\xff\n\0\n")
     os.mkfifo(tmp_path / "pipe")
     bad = [tmp_path / "missing", empty, binary, tmp_path / "pipe", write_log(tmp_path / "young")]
     status, rows, errors = run(capsys, *bad, good)
     assert status == 0 and len(rows) == 1 and len(errors) == len(bad)
-    assert all(error.startswith(f"compare.py: left out: {path}") for error, path in zip(errors, bad, strict=True))
+    for error, path in zip(errors, bad, strict=True):
+        assert error.startswith(f"compare.py: left out: {path}")
     status, rows, errors = run(capsys, *bad)
     assert status == 1 and not rows and errors[len(bad):] == ["compare.py: error: no run to compare"]
 
 
 def test_curves(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    paths = [write_log(tmp_path / f"{i}", *(epoch(e, e, 2 * i) for e in range(1, 3 + i)), epochs=4, seed=i % 2,
-                       method=["lmcl", "mcl"][i // 2]) for i in range(3)]
+    paths = [write_log(tmp_path / f"{i}", *(epoch(e, e, 2 * i) for e in range(1, 3 + i)), epochs=4,
+                       seed=i % 2, method=["lmcl", "mcl"][i // 2]) for i in range(3)]
     assert run(capsys, *paths, "--curves", tmp_path / "curves.png")[0] == 0
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     for wrong in (tmp_path / "curves.nothing", tmp_path / "no folder" / "curves.png"):
@@ -153,19 +194,24 @@ def test_curves(tmp_path, capsys):
 
 
 def test_curves_without_matplotlib(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)                 # importing it raises ImportError
-    status, rows, errors = run(capsys, write_log(tmp_path / "a", epoch(2, 5, 7)), "--curves", tmp_path / "c.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it raises ImportError
+    path = write_log(tmp_path / "a", epoch(2, 5, 7))
+    status, rows, errors = run(capsys, path, "--curves", tmp_path / "c.png")
     assert (status, len(rows)) == (1, 1)
     assert errors == ["compare.py: error: --curves needs matplotlib: pip install matplotlib"]
 
 
-def test_a_reader_that_has_gone_and_no_path_are_one_line_each(tmp_path):
-    program = [sys.executable, str(Path(compare.__file__))]
+def test_a_reader_that_has_gone_and_no_path(tmp_path):
+    """The first ends a run in peace, the second is one line; neither waits for PyTorch."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('PyTorch was loaded')")
+    settings = dict(stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    program = [sys.executable, compare.__file__]
     reader, writer = os.pipe()
     os.close(reader)
     run_folder = write_log(tmp_path / "a", epoch(2, 5, 7))
-    gone = subprocess.run([*program, run_folder], stdout=writer, stderr=subprocess.PIPE, text=True)
+    gone = subprocess.run([*program, run_folder], stdout=writer, **settings)
     os.close(writer)
-    assert (gone.returncode, gone.stderr) == (1, "compare.py: error: cannot print the table (Broken pipe)\n")
-    none = subprocess.run(program, capture_output=True, text=True)
+    assert (gone.returncode, gone.stderr) == (0, "")
+    none = subprocess.run(program, **settings)
     assert none.returncode == 2 and len(none.stderr.splitlines()) == 1
+    assert none.stderr.startswith("compare.py: error: ")

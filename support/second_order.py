@@ -33,7 +33,7 @@ class FastSecondDerivatives(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        numeric_padding = func is F.conv2d and len(args) == 7 and isinstance(args[4], tuple)      # nn.Conv2d's call
+        numeric_padding = func is F.conv2d and len(args) == 7 and isinstance(args[4], tuple)  # nn.Conv2d's call
         if numeric_padding and args[0].dim() == 4:
             x, w, bias, *geometry = args
             y = Convolution.apply(x, w, *geometry)
@@ -108,8 +108,8 @@ class BatchNorm(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, dx, dw, db, _):
         x, w, mean, r = ctx.saved_tensors
-        along_x, _, _ = _batch_norm_gradients(dx, x, w, mean, r, [True, False, False])                # w r P dx
-        return along_x.add_(torch.native_batch_norm(x, dw, db, None, None, True, 0.0, ctx.eps)[0])     # + dw x^ + db
+        along_x, _, _ = _batch_norm_gradients(dx, x, w, mean, r, [True, False, False])  # w r P dx
+        return along_x.add_(torch.native_batch_norm(x, dw, db, None, None, True, 0.0, ctx.eps)[0])  # + dw x^ + db
 
     @staticmethod
     def backward(ctx, g):
@@ -136,10 +136,10 @@ class BatchNormGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, hx, hw, hb):
         g, x, w, mean, r, gw, gb = ctx.saved_tensors
-        M, each = x.numel() / len(w), (-1, *[1] * (x.dim() - 2))          # each: one value a channel
+        M, each = x.numel() / len(w), (-1, *[1] * (x.dim() - 2))  # each: one value a channel
         T, p, s = _batch_norm_gradients(hx, x, w, mean, r)
         zeros, ones = torch.zeros_like(r), torch.ones_like(r)
-        _, q, _ = _batch_norm_gradients(hx, g, w, zeros, ones, [False, True, False])               # q = sum(hx g)
+        _, q, _ = _batch_norm_gradients(hx, g, w, zeros, ones, [False, True, False])  # q = sum(hx g)
         wr, hr = w * r, hw * r
         T.addcmul_(x, hr.view(each)).add_(torch.addcmul(hb, hr, mean, value=-1).view(each))
 
@@ -147,7 +147,7 @@ class BatchNormGradient(torch.autograd.Function):
         S = q - s * gb_ - p * gw_
         alpha, beta = wr * gw_, hw - wr * p_
         mean_e, mean_ex = beta * gb_ - alpha * s_, beta * gw_ - alpha * p_
-        slope = r * r * (mean_ex + wr * S / M)                            # of -x in dX/dx
+        slope = r * r * (mean_ex + wr * S / M)  # of -x in dX/dx
         dx = torch.addcmul((slope * mean - r * mean_e).view(each), hx, (r * alpha).view(each), value=-1)
         dx.addcmul_(g, (r * beta).view(each)).addcmul_(x, slope.view(each), value=-1)
         return T, dx, r * S, None, None

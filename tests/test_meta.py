@@ -1,21 +1,23 @@
-"""meta.py: the hypergradient by independent roads, one and several processes, the meta step's traces, the picture."""
+"""meta.py: the hypergradient by independent roads, one and several processes; the meta step; the picture."""
 
 import copy
+import io
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageChops
 
 import meta
 from conftest import bits
+from support.picture import matching_picture
 
 HYPER = dict(lr=0.1, momentum=0.9, weight_decay=0.05)
 
 
 def problem(seed=0, rows=slice(None)):
-    """A small net whose inner loss is weighted per sample by phi, in float64; rows: the samples that it sees."""
+    """A small net whose inner loss is weighted per sample by phi, in float64; rows: the samples it sees."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     X, Y, W = draw(8, 3), draw(8, 2), draw(2, 4)
@@ -23,7 +25,8 @@ def problem(seed=0, rows=slice(None)):
     X, Y = X[rows], Y[rows]
     net = lambda p: torch.tanh(X @ p[0].T) @ p[1].T
     weight = lambda: torch.sigmoid(X @ phi[0])
-    inner = lambda p: (weight() * ((net(p) - Y) ** 2).sum(1)).mean() + (phi[1] * (W * p[1]).sum(1)).sum().tanh()
+    fit = lambda p: (weight() * ((net(p) - Y) ** 2).sum(1)).mean()
+    inner = lambda p: fit(p) + (phi[1] * (W * p[1]).sum(1)).sum().tanh()
     outer = lambda p: ((net(p) - Y.flip(0)) ** 2).mean()
     return inner, outer, params, phi
 
@@ -50,7 +53,8 @@ def test_hypergradient_equals_unrolled_autograd(inner_steps):
     ours = meta.hypergradient(inner, outer, params, phi, inner_steps=inner_steps, **HYPER)
     exact = torch.autograd.grad(unrolled(inner, outer, params, phi, inner_steps, **HYPER), phi)
     assert distance(ours, exact) < 1e-12
-    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True)) and all(x.grad is None for x in phi)
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    assert all(x.grad is None for x in phi)
 
 
 def test_hypergradient_equals_the_optimizer_by_finite_differences():
@@ -86,7 +90,7 @@ def test_hypergradient_notices_momentum_and_weight_decay():
 
 
 def test_the_authors_recursion_is_off():
-    """docs/DIFFERENCES.md: b added with factor 1 instead of wd, at lr 0.1, momentum 0.9, weight decay 5e-4."""
+    """docs/DIFFERENCES.md: d_v added with factor 1 instead of wd; lr 0.1, momentum 0.9, weight decay 5e-4."""
     derivative = lambda y, x, **kwargs: torch.autograd.grad(y, x, materialize_grads=True, **kwargs)
     leaves = lambda theta: [p.detach().requires_grad_() for p in theta]
 
@@ -125,18 +129,21 @@ def test_hypergradient_where_phi_acts_before_the_layers(affine, running):
     x, t = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((4, 2, 5, 5), (4, 3, 5, 5)))
     norm = nn.BatchNorm2d(3, affine=affine, track_running_stats=running)
     net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), norm, nn.Tanh()).double()
-    phi, params = torch.randn(4, generator=g, dtype=torch.float64).requires_grad_(), dict(net.named_parameters())
+    phi = torch.randn(4, generator=g, dtype=torch.float64).requires_grad_()
+    params = dict(net.named_parameters())
     call = lambda p, x: torch.func.functional_call(net, dict(zip(params, p, strict=True)), (x,))
     inner = lambda p: ((call(p, x * (1 + phi[:, None, None, None].tanh())) - t) ** 2).mean()
     outer = lambda p: ((call(p, x) - t) ** 2).mean()
     for steps in (1, 2):
         start = [p.detach() for p in params.values()]
         exact = torch.autograd.grad(unrolled(inner, outer, start, None, steps, **HYPER), [phi])
-        assert distance(meta.hypergradient(inner, outer, start, [phi], inner_steps=steps, **HYPER), exact) < 1e-10
+        ours = meta.hypergradient(inner, outer, start, [phi], inner_steps=steps, **HYPER)
+        assert distance(ours, exact) < 1e-10
 
 
 def test_hypergradient_in_forward_mode_where_phi_acts_last_and_inside_no_grad_is_the_same():
-    ours, forward = (meta.hypergradient(*problem(2), inner_steps=2, forward_mode=m, **HYPER) for m in (False, True))
+    ours, forward = (meta.hypergradient(*problem(2), inner_steps=2, forward_mode=mode, **HYPER)
+                     for mode in (False, True))
     assert distance(forward, ours) < 1e-12
     with torch.no_grad():
         assert distance(meta.hypergradient(*problem(2), inner_steps=2, **HYPER), ours) == 0
@@ -152,8 +159,9 @@ def test_hypergradient_of_what_the_loss_does_not_contain_is_zero():
 
 
 @pytest.mark.parametrize("shape,memory_format", [
-    ((4, 3, 2, 5), torch.channels_last), ((4, 1, 3, 3), torch.channels_last), ((4, 3, 1, 1), torch.channels_last),
-    ((1, 1, 1, 2), torch.channels_last), ((4, 1, 3, 3), torch.contiguous_format), ((), torch.preserve_format)])
+    ((4, 3, 2, 5), torch.channels_last), ((4, 1, 3, 3), torch.channels_last),
+    ((4, 3, 1, 1), torch.channels_last), ((1, 1, 1, 2), torch.channels_last),
+    ((4, 1, 3, 3), torch.contiguous_format), ((), torch.preserve_format)])
 def test_flat_vector_keeps_values_shapes_and_strides(shape, memory_format):
     params = [torch.randn(2, 3).T, torch.randn(shape).to(memory_format=memory_format)]
     flat = meta.FlatVector(params)
@@ -168,9 +176,10 @@ class Waiting(Exception):
 
 
 def in_processes(*calls):
-    """What the calls, functions of `average`, return as processes that meet at each average, and how often they meet.
+    """What the calls, functions of `average`, return as processes that meet at each average; how often.
 
-    All run up to the first average whose mean is not known yet, then all again with this mean, until they end.
+    All run up to the first average whose mean is not known yet, then all again with this mean, until
+    they end.
     """
     means = []
     while True:
@@ -205,12 +214,13 @@ HALVES = slice(0, 3), slice(3, None)
 def test_hypergradient_of_two_processes(inner_steps, forward_mode):
     """Each with its samples: the derivative of the mean of their losses."""
     parts = [problem(rows=rows) for rows in HALVES]
+    settings = dict(inner_steps=inner_steps, forward_mode=forward_mode, **HYPER)
     ours, count = in_processes(*(
-        lambda average, part=part: meta.hypergradient(
-            *part, inner_steps=inner_steps, forward_mode=forward_mode, average=average, **HYPER) for part in parts))
+        lambda average, part=part: meta.hypergradient(*part, average=average, **settings) for part in parts))
     (inner, outer, params, phi), (inner_2, outer_2, _, phi_2) = parts
     final = unrolled(mean_of(inner, inner_2), mean_of(outer, outer_2), params, None, inner_steps, **HYPER)
-    exact = [sum(torch.autograd.grad(final, pair, retain_graph=True)) for pair in zip(phi, phi_2, strict=True)]
+    exact = [sum(torch.autograd.grad(final, pair, retain_graph=True))
+             for pair in zip(phi, phi_2, strict=True)]
     assert distance(ours[0], exact) < 1e-12 and bits(ours[0]) == bits(ours[1])
     assert count == 2 * inner_steps + 4 - forward_mode
 
@@ -224,7 +234,8 @@ def test_matching_network():
     assert w.shape == (2, 3, 2, 3, 5) and torch.allclose(w, w.permute(2, 3, 0, 1, 4))
     for a, stage, b, m, i in ((0, 0, 1, 2, 3), (1, 1, 0, 0, 4), (0, 2, 1, 2, 0)):
         u, v = network.projections[a][stage](f[a][stage, i]), network.projections[b][m](f[b][m, i])
-        assert w[a, stage, b, m, i].item() == pytest.approx(torch.sigmoid(u @ v / u.norm() / v.norm()).item(), rel=1e-5)
+        cosine = u @ v / u.norm() / v.norm()
+        assert w[a, stage, b, m, i].item() == pytest.approx(torch.sigmoid(cosine).item(), rel=1e-5)
     assert 0.2689 <= w.min() and w.max() <= 0.7311 and w.std() > 0.01
 
 
@@ -243,14 +254,15 @@ class TwoStudents(nn.Module):
     def forward(self, x):
         maps = [[body[:3](x), body(x)] for body in self.bodies]
         features = [torch.stack([m.mean((2, 3)) for m in two]) for two in maps]
-        z = F.normalize(torch.stack(features), dim=-1)                    # [2, 2, B, 4]
+        z = F.normalize(torch.stack(features), dim=-1)  # [2, 2, B, 4]
         return features, z, torch.stack([head(f) for head, f in zip(self.heads, features, strict=True)])
 
 
 def meta_setting(rows=slice(None)):
     torch.manual_seed(0)
     students, matching = TwoStudents().double(), meta.MatchingNetwork([4, 4], 2, dim=8).double()
-    images, labels = torch.randn(6, 3, 5, 5, dtype=torch.float64)[rows], torch.tensor([0, 1, 2, 3, 4, 0])[rows]
+    images = torch.randn(6, 3, 5, 5, dtype=torch.float64)[rows]
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])[rows]
     contrast = lambda z, w: (w * ((z[:, :, None, None] - z[None, None]) ** 2).sum(-1)).mean() * 20
     task = lambda logits: sum(F.cross_entropy(x, labels) for x in logits.flatten(0, 1))
     return students, matching, images, contrast, task
@@ -259,7 +271,8 @@ def meta_setting(rows=slice(None)):
 def runner(students):
     """Their trained parameters, and their call as a function of these."""
     params = {name: p for name, p in students.named_parameters() if p.requires_grad}
-    call = lambda p, images: torch.func.functional_call(students, dict(zip(params, p, strict=True)), (images,))
+    named = lambda p: dict(zip(params, p, strict=True))
+    call = lambda p, images: torch.func.functional_call(students, named(p), (images,))
     return list(params.values()), call
 
 
@@ -274,8 +287,8 @@ def gradients(matching):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("frozen", [(), ("bodies.0.0.weight", "bodies.1.4.bias", "heads.0.weight")])
 def test_meta_step_gradient_equals_the_definition(frozen, memory_format):
-    """Features at theta_0 constant, lambda the same for all virtual steps, momentum from zero, Nesterov step of phi;
-    frozen parameters stay where they are."""
+    """Features at theta_0 constant, lambda the same for all virtual steps, momentum from zero, Nesterov step
+    of phi; frozen parameters stay where they are."""
     students, matching, images, contrast, task = meta_setting()
     for name in frozen:
         students.get_parameter(name).requires_grad_(False)
@@ -292,26 +305,27 @@ def test_meta_step_gradient_equals_the_definition(frozen, memory_format):
     for p, g in zip(phi.parameters(), exact, strict=True):
         p.grad = g
     sgd(phi).step()
-    assert all(torch.allclose(p, q, rtol=1e-12) for p, q in zip(matching.parameters(), phi.parameters(), strict=True))
+    pairs = zip(matching.parameters(), phi.parameters(), strict=True)
+    assert all(torch.allclose(p, q, rtol=1e-12) for p, q in pairs)
 
 
 def test_meta_step_of_two_processes():
-    """Each with its images, batch statistics and values of lambda: the derivative of the mean of their losses."""
+    """Each with its images, batch statistics and values of lambda: the derivative of their losses' mean."""
     parts = [meta_setting(rows) for rows in HALVES]
     inners, outers, networks = [], [], []
     params, call = runner(copy.deepcopy(parts[0][0]))
     for _, matching, images, contrast, task in parts:
         networks.append(copy.deepcopy(matching))
         weights = networks[-1]([f.detach() for f in call(params, images)[0]])
-        inners.append(lambda p, x=images, contrast=contrast, weights=weights: contrast(call(p, x)[1], weights))
-        outers.append(lambda p, x=images, task=task: task(call(p, x)[2]))
+        inners.append(lambda p, x=images, loss=contrast, weights=weights: loss(call(p, x)[1], weights))
+        outers.append(lambda p, x=images, loss=task: loss(call(p, x)[2]))
     final = unrolled(mean_of(*inners), mean_of(*outers), params, None, 2, **HYPER)
     exact = [sum(torch.autograd.grad(final, pair, retain_graph=True))
              for pair in zip(*(network.parameters() for network in networks), strict=True)]
 
     def step(average, students, matching, images, contrast, task):
-        meta.meta_step(students, matching, sgd(matching), images, contrast, task, inner_steps=2, average=average,
-                       **HYPER)
+        meta.meta_step(students, matching, sgd(matching), images, contrast, task, inner_steps=2,
+                       average=average, **HYPER)
         return gradients(matching), matching.state_dict()
 
     ours, count = in_processes(*(lambda average, part=part: step(average, *part) for part in parts))
@@ -323,22 +337,23 @@ def test_meta_step_leaves_no_trace():
     optimizer = torch.optim.SGD(students.parameters(), lr=0.1, momentum=0.9)
     task(students(images)[2]).backward()
     optimizer.step()
-    students.bodies[0][1].eval()                                          # modes are restored as they were, too
+    students.bodies[0][1].eval()  # modes are restored as they were, too
     frozen = nn.BatchNorm2d(4, track_running_stats=False)
     students.bodies[1].append(frozen.double())
-    state = lambda: bits([students.state_dict(), optimizer.state_dict(), [p.grad for p in students.parameters()],
-                          images, torch.get_rng_state()])
+    state = lambda: bits([students.state_dict(), optimizer.state_dict(), images, torch.get_rng_state(),
+                          [p.grad for p in students.parameters()]])
     before, phi_before = state(), copy.deepcopy(matching.state_dict())
     meta.meta_step(students, matching, sgd(matching), images, contrast, task, inner_steps=2, **HYPER)
     assert state() == before
     assert not students.bodies[0][1].training and students.training
-    assert [m.track_running_stats for m in students.modules() if isinstance(m, nn.BatchNorm2d)] == [True] * 4 + [False]
+    norms = [m for m in students.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [m.track_running_stats for m in norms] == [True] * 4 + [False]
     assert any(not torch.equal(p, phi_before[k]) for k, p in matching.state_dict().items())
 
 
 def test_dropout_leaves_no_trace_and_has_one_mask(monkeypatch):
     students, matching, images, contrast, task = meta_setting()
-    monkeypatch.setattr(torch, "manual_seed", None)                       # it would seed other devices' generators too
+    monkeypatch.setattr(torch, "manual_seed", None)  # it would seed other devices' generators too
     students.bodies[0].append(nn.Dropout(0.5))
     masks = set()
     students.bodies[0][-1].register_forward_hook(
@@ -368,11 +383,13 @@ def test_no_tf32_inside_the_meta_step_and_an_error_restores_everything():
 
 
 def test_memory_does_not_grow_with_the_number_of_steps():
-    """Most tensors that graphs hold at any one time: the same for 2 and 8 steps; the unrolled graph's grows."""
+    """Most tensors that graphs hold at once: the same for 2 and 8 steps; the unrolled graph's grows."""
     g = torch.Generator().manual_seed(0)
-    X, params, phi = torch.randn(8, 3, generator=g), [torch.randn(4, 3, generator=g)], torch.ones(8, requires_grad=True)
-    inner = lambda p: (phi.cos() * (X @ p[0].T).sin().sum(1)).mean()      # no operation that saves its own output:
-    outer = lambda p: (X @ p[0].T).sin().mean()                           # PyTorch's hooks would never let it go
+    X, params = torch.randn(8, 3, generator=g), [torch.randn(4, 3, generator=g)]
+    phi = torch.ones(8, requires_grad=True)
+    # no operation that saves its own output: PyTorch's hooks would never let it go
+    inner = lambda p: (phi.cos() * (X @ p[0].T).sin().sum(1)).mean()
+    outer = lambda p: (X @ p[0].T).sin().mean()
 
     def peak(function, steps):
         held, most = set(), [0]
@@ -395,17 +412,30 @@ def test_memory_does_not_grow_with_the_number_of_steps():
 
 
 @pytest.mark.parametrize("names,L,value", [
-    (["resnet8", "resnet110"], 3, 0.27), (["shufflenet_v2_x1_0"] * 8, 4, 0.73), (["a" * 60] * 3, 4, 0.5)])
-def test_picture(names, L, value, tmp_path):
-    """Colours by value alone, every panel there, no text cut off at the right, the number of meta steps written."""
+    (["resnet8", "resnet110"], 3, 0.27), (["shufflenet_v2_x1_0"] * 5, 4, 0.73), (["a" * 60] * 3, 4, 0.5)])
+def test_picture(names, L, value):
+    """Colours by value alone, every panel there, no text cut off at the right, the step written."""
     N, pictures = len(names), []
-    for meta_steps in (1, 78):
-        meta.draw_matching(torch.full((N, L, N, L), value), names, tmp_path / "it.png", meta_steps)
-        pictures.append(Image.open(tmp_path / "it.png").convert("RGB"))
-    picture, other = pictures
-    assert picture.tobytes() != other.tobytes()
+    for step in (1, 78):
+        matching = torch.full((N, L, N, L), value).tolist()
+        file = io.BytesIO(matching_picture(matching, names, step))
+        pictures.append(Image.open(file))
+    picture, other = (p.convert("RGB") for p in pictures)
+    assert pictures[0].format == "PNG" and picture.tobytes() != other.tobytes()
     colours = {colour: count for count, colour in picture.getcolors(2 ** 24)}
     colour = {0.27: (236, 244, 252), 0.5: (122, 152, 190), 0.73: (9, 61, 127)}[value]
     assert colours[colour] > N * (N - 1) / 2 * L ** 2 * 4000
     edge = picture.crop((picture.width - 8, 0, picture.width, picture.height))
     assert edge.getcolors() == [(8 * picture.height, (255, 255, 255))]
+
+
+def test_picture_shows_row_stage_of_the_first_student_and_column_stage_of_the_second():
+    """One value of lambda is changed, so the picture changes in one cell, and in no other place."""
+    matching = [[[[0.5, 0.5, 0.5] for _ in range(2)] for _ in range(3)] for _ in range(2)]
+    before = Image.open(io.BytesIO(matching_picture(matching, ["resnet8", "wrn_10_1"], 5)))
+    matching[0][2][1][0] = 0.7
+    after = Image.open(io.BytesIO(matching_picture(matching, ["resnet8", "wrn_10_1"], 5)))
+    left, top, right, bottom = ImageChops.difference(before, after).getbbox()
+    cell, x0, y0 = 72, 96, 64 + 92  # side, place of the panel
+    assert x0 <= left and right <= x0 + cell  # stage 1 of the second
+    assert y0 + 2 * cell <= top and bottom <= y0 + 3 * cell  # stage 3 of the first

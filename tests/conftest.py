@@ -15,10 +15,10 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-import models
 import train
+from support.architectures import ARCHITECTURES, he_normal
 
-torch.set_num_threads(1)                                   # small tensors: a second thread would mostly be waited for
+torch.set_num_threads(1)  # small tensors: a second thread would mostly be waited for
 
 
 class Small:
@@ -43,10 +43,10 @@ class Small:
         return nn.Identity()
 
     def initialise(self, module):
-        models.he_normal(module)
+        he_normal(module)
 
 
-models.ARCHITECTURES |= {"small": Small(8), "small_12": Small(12)}
+ARCHITECTURES |= {"small": Small(8), "small_12": Small(12)}
 TIMES = ("seconds", "images_per_second", "data_seconds")
 
 
@@ -75,11 +75,11 @@ def images(tmp_path_factory):
 
 
 def flags(images, out, epochs, *more):
-    """3 steps an epoch, a meta step at every second, `Small` students unless `more` has --arch."""
+    """3 steps an epoch, lmcl's meta step at every second, `Small` students unless `more` has --arch."""
     arch = [] if "--arch" in more else ["--arch", "small"]
+    meta = [] if "--method" in more and "lmcl" not in more else ["--meta-freq", "2"]
     return ["--dataset", "folder", "--data-dir", str(images), "--image-size", "16", "--batch-size", "18",
-            "--meta-freq", "2", "--device", "cpu", "--epochs", str(epochs), "--out-dir", str(out), *arch,
-            *map(str, more)]
+            "--device", "cpu", "--epochs", str(epochs), "--out-dir", str(out), *arch, *meta, *map(str, more)]
 
 
 @pytest.fixture

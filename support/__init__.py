@@ -1,0 +1,1 @@
+"""What serves the algorithm and is no part of it. Nothing here imports the top level."""

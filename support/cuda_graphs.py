@@ -1,0 +1,77 @@
+"""A step captured as a CUDA graph: one launch instead of one an operation."""
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from support.console import UserError
+
+
+def check_graphs(args, processes):
+    """Raises UserError where --cuda-graph cannot be had at all."""
+    if args.cuda_graph and args.device.type != "cuda":
+        raise UserError(f"--cuda-graph wants a CUDA device, and this is {args.device}: "
+                        "leave it out")
+    if args.cuda_graph and processes.size > 1:
+        raise UserError("--cuda-graph has not been seen with several processes: leave it out")
+
+
+class CUDAGraphs:
+    """A function of tensors, or of tuples and lists of them, captured for each batch size.
+
+    The first three calls of each batch size run eagerly: libraries choose algorithms, optimizers
+    make their buffers. The fourth is captured; it and all later ones replay the same kernels on the
+    same memory. So what changes from call to call is an input, or a tensor changed in place, as
+    Run.lr is. Memory made outside must not be freed while graphs use it. Outputs are good until the
+    next call, of whatever size: graphs share their memory, and each writes before it reads.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, function):
+        self.function, self.calls, self.graphs = function, {}, {}
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def __call__(self, *inputs):
+        tensors, form = tree_flatten(inputs)  # None, where there is no bank, is among them
+        size = len(tensors[0])
+        self.calls[size] = self.calls.get(size, 0) + 1
+        if self.calls[size] <= self.WARM_UP:  # on the capturing stream, which autograd stays on
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if size not in self.graphs:
+            own = [x.clone() if torch.is_tensor(x) else x for x in tensors]
+            self.graphs[size] = (own, *self._capture(tree_unflatten(own, form)))
+        own, graph, outputs = self.graphs[size]
+        for captured, given in zip(own, tensors, strict=True):
+            if torch.is_tensor(given):
+                captured.copy_(given)
+        graph.replay()
+        return outputs
+
+    def _capture(self, inputs):
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the thread that pins streamed images may allocate meanwhile
+        settings = dict(pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        try:
+            with torch.cuda.graph(graph, **settings):
+                outputs = self.function(*inputs)
+        except RuntimeError as error:
+            error = error.__context__ or error  # leaving the capture may fail too: the first one
+            if "captur" not in str(error).lower():  # an error of the program, or too little memory
+                raise error from None
+            reason = f"--cuda-graph cannot capture this step ({str(error).splitlines()[0][:120]})"
+            raise UserError(f"{reason}: leave it out") from None
+        return graph, outputs
+
+
+def draws_random_numbers(function, device):
+    """Whether function() uses the device's random generator, as dropout and stochastic depth do."""
+    on_gpu = device.type == "cuda"
+    state = (lambda: torch.cuda.get_rng_state(device)) if on_gpu else torch.get_rng_state
+    with torch.random.fork_rng([device] if on_gpu else []):
+        before = state()
+        function()
+        return not torch.equal(before, state())

@@ -1,0 +1,214 @@
+"""Files that are whole or not there: checkpoints of runs and trained students.
+
+A checkpoint is what torch.save writes, followed by the SHA-256 of it: 32 bytes, which torch.load
+passes over. All files are loaded with weights_only=True, so no code of whoever wrote one is run.
+"""
+
+import contextlib
+import copy
+import errno
+import hashlib
+import io
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from support.architectures import ExistingNetwork, architecture
+from support.console import UserError
+
+DIGEST = hashlib.sha256().digest_size
+CHECKPOINT_FORMAT = 3
+STUDENT_FILE = ("architecture", "classes", "mean", "std", "image_size", "resize", "state_dict")
+
+
+def write(path, content, keep=None):
+    """Put bytes into path: a reader finds the old file or the new, whole, even after a power cut.
+
+    keep: the name under which the previous file stays. Raises UserError, the old file in place.
+    """
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            link(path, keep)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # on a read-only file system not even this
+            temporary.unlink()
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        room = f"make room for {len(content) / 2 ** 20:.1f} MiB or " if full else ""
+        raise UserError(f"cannot write {path} ({error.strerror}): {room}give another folder; "
+                        "what was there before is untouched") from None
+
+
+def link(path, name):
+    """A second name for the file at path, put in the place of whatever had that name."""
+    temporary = Path(f"{name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError as error:  # FAT and some network file systems have no hard links
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, name)
+
+
+def sync_folder(folder):
+    """After a power cut a new name is there only if its folder was written too."""
+    if os.name != "posix":
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:  # some network file systems sync no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(number)
+
+
+def make_folder(folder, option):
+    """Make the folder and return its Path. Raises UserError that names the option it came from."""
+    folder = Path(os.path.expanduser(folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {option} {folder} ({error.strerror}): give another") from None
+    return folder
+
+
+def torch_bytes(state):
+    """What torch.save would write."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def read(path):
+    """torch.load of tensors and plain values. Raises UserError for a file that cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror or error})") from None
+    except Exception as error:  # pickle and zip raise many kinds
+        raise UserError(f"{path} is no file of weights, or damaged") from error
+
+
+def save_checkpoint(path, state, keep=None):
+    """Write a dictionary of tensors and plain values as a checkpoint. keep: as in `write`."""
+    buffer = io.BytesIO()  # one copy in memory: with a bank it may be gigabytes
+    torch.save(state, buffer)
+    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
+    write(path, buffer.getbuffer(), keep)
+
+
+def load_checkpoint(path, device="cpu"):
+    """The dictionary that `save_checkpoint` wrote. Raises UserError for any other file."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from None
+    if hashlib.sha256(memoryview(content)[:-DIGEST]).digest() != content[-DIGEST:]:
+        raise UserError(f"{path} is damaged, or no checkpoint of this program")
+    try:
+        state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # torch names no class for files that it does not understand
+        reason = (str(error) or repr(error)).splitlines()[0][:60]
+        raise UserError(f"{path} is no checkpoint of this program ({reason})") from None
+    if not isinstance(state, dict) or not {"format", "args"} <= state.keys():
+        raise UserError(f"{path} is no checkpoint of this program (last.pt and best.pt of an "
+                        "--out-dir are)")
+    if state["format"] != CHECKPOINT_FORMAT:
+        age = "newer" if state["format"] > CHECKPOINT_FORMAT else "older"
+        raise UserError(f"{path} is of format {state['format']}, {age} than this program's "
+                        f"{CHECKPOINT_FORMAT}: use the version that its log.jsonl belongs to")
+    return state
+
+
+def load_into(module, state, path):
+    """module.load_state_dict(state). Raises UserError if the file at path has other networks."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()[:150]
+        raise UserError(f"{path} holds other networks ({reason}): has the program or --model-file "
+                        "changed since? Give the one that it was made by") from None
+
+
+def student_file(backbone, name, facts):
+    """A trained student as a plain dict for torch.save.
+
+    backbone: models.Backbone of the architecture `name`. facts: a mapping with classes, names; mean
+    and std of the training images, per channel, in units of [0, 1]; image_size and resize, the side
+    of the images and their shorter side before the evaluation's crop, in pixels.
+    The state_dict of an `ExistingNetwork` loads into that network:
+    torchvision.models.resnet18(num_classes=C).load_state_dict(torch.load(path)["state_dict"]).
+    """
+    state = {}
+    for key, theirs in names_in_files(backbone, name).items():
+        tensor = backbone.state_dict()[key].cpu()
+        state[theirs] = tensor.clone(memory_format=torch.contiguous_format)
+    classes, mean, std = (list(facts[fact]) for fact in ("classes", "mean", "std"))
+    return dict(architecture=name, classes=classes, mean=mean, std=std,
+                image_size=facts["image_size"], resize=facts["resize"], state_dict=state)
+
+
+def is_student_file(content):
+    return isinstance(content, dict) and content.keys() >= set(STUDENT_FILE)
+
+
+def names_in_files(backbone, name):
+    """{name of a tensor in the backbone: in files}; those of an ExistingNetwork keep their own."""
+    prefixes = getattr(architecture(name), "prefixes", {"": ""})
+    names = {}
+    for key in backbone.state_dict():
+        prefix = next(p for p in prefixes if key.startswith(p))
+        names[key] = prefixes[prefix] + key.removeprefix(prefix)
+    return names
+
+
+def load_state(backbone, name, state, title):
+    """Load a state_dict with files' names. Raises UserError, with nothing loaded, if unfit."""
+    ours = {theirs: key for key, theirs in names_in_files(backbone, name).items()}
+    state = {ours.get(key, key): tensor for key, tensor in state.items()}
+    try:
+        copy.deepcopy(backbone).load_state_dict(state)  # it loads what fits before it raises
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{title} does not fit {name}: {reason}") from error
+    backbone.load_state_dict(state)
+
+
+def load_pretrained(backbone, name, path):
+    """Start a backbone from a student file, or an `ExistingNetwork` from its own state_dict.
+
+    With another number of classes the classifier stays as drawn. Returns the file's content, and
+    what was taken, in words. Raises UserError, with nothing loaded, for any other file.
+    """
+    content = read(path)
+    state, names = content, names_in_files(backbone, name)
+    if is_student_file(content):
+        if content["architecture"] != name:
+            raise UserError(f"{path} holds a {content['architecture']}, not a {name}")
+        state = content["state_dict"]
+    elif not (isinstance(architecture(name), ExistingNetwork) and isinstance(content, dict)):
+        raise UserError(f"{path} is no student file")
+    as_drawn = {}
+    for key, tensor in backbone.state_dict().items():
+        theirs = state.get(names[key]) if key.startswith("classifier.") else None
+        if theirs is not None and theirs.shape != tensor.shape:
+            as_drawn[names[key]] = tensor
+    load_state(backbone, name, {**state, **as_drawn}, path)
+    taken = f"{len(names) - len(as_drawn)} of {len(names)} tensors taken"
+    if as_drawn:
+        taken += "; the classifier stays as drawn, the file has another number of classes"
+    return content, taken

@@ -1,0 +1,407 @@
+"""A run of train.py or detect.py: its folder, counters, log and checkpoints, and how it goes on."""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from support.arguments import WHERE
+from support.console import ImageError, Interrupted, UserError, say, show_line
+from support.files import CHECKPOINT_FORMAT, load_checkpoint, load_into, save_checkpoint, write
+from support.processes import device_name
+
+try:
+    import fcntl
+except ImportError:  # Windows: an --out-dir is not locked there
+    fcntl = None
+
+
+class OutDir:
+    """The folder of one run: made, and locked so that two runs never share it."""
+
+    def __init__(self, name):
+        self.path, self.lock, self.seen = Path(os.path.expanduser(name)), None, None
+
+    def __truediv__(self, name):
+        return self.path / name
+
+    def __str__(self):
+        return str(self.path)
+
+    def find_checkpoint(self, args, processes):
+        """The state in last.pt, None without one. Raises UserError where --resume cannot go on."""
+        last, previous = self / "last.pt", self / "previous.pt"
+        found = [p for p in (last, previous) if os.path.exists(p)]  # Path.exists may raise
+        self.seen = self.last_written()
+        if not found:
+            return None
+        if not args.resume:
+            raise UserError(f"--out-dir {self} holds a run already: --resume goes on with it, "
+                            "another --out-dir starts afresh")
+        try:
+            state = load_checkpoint(found[0], args.device)
+        except UserError as error:
+            earlier = f"to go on from the one before it: mv {previous} {last}"
+            remedy = earlier if len(found) == 2 else "another --out-dir starts afresh"
+            raise UserError(f"{error}; {remedy}") from None
+        n = state["processes"]
+        if n != processes.size:
+            raise UserError(f"{found[0]} was made by {n} process{'es' * (n > 1)}, and this is "
+                            f"{processes.size}: start as many")
+        compare_arguments(args, state["args"], found[0])
+        return state
+
+    def last_written(self):
+        """When last.pt was written; None without one."""
+        with contextlib.suppress(OSError):
+            return os.stat(self / "last.pt").st_mtime_ns
+
+    def open(self):
+        """Make the folder and lock it. Raises UserError if that fails or another process has it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self / ".lock", "a+")  # held until the process ends
+        except OSError as error:
+            raise UserError(f"cannot make --out-dir {self} ({error.strerror}): "
+                            "give another one") from None
+        if not fcntl:
+            return
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers would inherit flock's
+        except (BlockingIOError, PermissionError):
+            self.lock.seek(0)
+            owner = self.lock.read().strip() or "unknown"
+            raise UserError(f"--out-dir {self} is in use by process {owner}: wait for its end, or "
+                            "give another one") from None
+        except OSError:
+            pass  # a file system without locks
+        if self.last_written() != self.seen:  # a run has ended between find_checkpoint and the lock
+            raise UserError(f"another process has just written {self / 'last.pt'}: start again "
+                            "with --resume")
+        self.lock.truncate(0)
+        self.lock.write(f"{os.getpid()}\n")
+        self.lock.flush()
+
+
+def compare_arguments(args, saved, path):
+    """Raises UserError if more differs than where and how far the run goes: see WHERE."""
+    as_text = lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    now, differing = vars(args), []
+    for name in saved:
+        if name in now and name not in WHERE and now[name] != saved[name]:
+            flag = f"--{name.replace('_', '-')}"
+            differing.append(f"{flag} {as_text(saved[name])} (now {as_text(now[name])})")
+    if differing:
+        schedule = " (another --epochs would be another learning-rate schedule)"
+        longer = schedule if now["epochs"] != saved["epochs"] else ""
+        raise UserError(f"{path} was made with other arguments: {', '.join(differing)}; give the "
+                        f"same ones, or another --out-dir{longer}")
+
+
+class Run:
+    """What changes while training, all of it in last.pt, and what a run leaves in its folder.
+
+    args: all options. model: a module whose state is saved. optimizers: SGD ones follow the rate.
+    metadata: what else a checkpoint says: classes, digest of the data, ...
+    steps_per_epoch, images_per_epoch: of all processes together.
+    """
+
+    PROGRESS = ("epoch", "step", "total_steps", "logged_lr", "best", "best_epoch", "log", "sums",
+                "finite_steps", "images_seen", "seconds", "data_seconds")
+
+    def __init__(self, args, out, model, optimizers, *, metadata, steps_per_epoch, images_per_epoch,
+                 processes, signals):
+        self.args, self.out, self.model, self.optimizers = args, out, model, optimizers
+        self.metadata, self.processes, self.signals = metadata, processes, signals
+        self.steps_per_epoch, self.images_per_epoch = steps_per_epoch, images_per_epoch
+        self.is_main = processes.rank == 0  # process 0 alone prints, writes and draws
+        self.board = board_writer() if getattr(args, "tensorboard", False) else None
+        graphs = getattr(args, "cuda_graph", False)  # they read a tensor
+        self.lr = torch.tensor(args.lr, device=args.device) if graphs else args.lr
+        self.logged_lr = args.lr
+        self.epoch = self.step = self.total_steps = 0  # the next epoch and step in it, steps done
+        self.best, self.best_epoch = -1.0, 0  # best mean score over epochs
+        command = shlex.join(["python", *sys.argv])
+        self.log = [dict(command=command, args=vars(args), torch=str(torch.__version__),
+                         device=device_name(args.device), processes=processes.size, **metadata)]
+        self.reset()
+        self.last_shown = self.saved = self.clock = time.perf_counter()
+
+    def reset(self):
+        """What an epoch sums: terms, finite steps, images, seconds of training and of waiting."""
+        self.sums, self.finite_steps, self.images_seen = {}, 0, 0
+        self.seconds, self.data_seconds = 0.0, 0.0
+
+    # ------------------------------------------------ steps
+
+    def epochs(self):
+        """The epochs that are left, until --epochs or --max-steps are done; one begun before comes first."""
+        while self.step or not self.is_over:
+            self.start_epoch()
+            yield self.epoch
+            if self.step:  # --max-steps ended it
+                return
+
+    def start_epoch(self):
+        self.model.train()
+        self.clock = time.perf_counter()
+
+    def set_lr(self, lr):
+        """lr: a float, for the SGD optimizers and for whoever reads self.lr."""
+        self.logged_lr = lr
+        self.lr = self.lr.fill_(lr) if torch.is_tensor(self.lr) else lr
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, torch.optim.SGD):
+                for group in optimizer.param_groups:
+                    group["lr"] = self.lr
+
+    @property
+    def steps_left(self):
+        """Steps until the epoch ends or --max-steps are done."""
+        left = self.steps_per_epoch - self.step
+        if not self.args.max_steps:
+            return left
+        return min(left, max(0, self.args.max_steps - self.total_steps))
+
+    @property
+    def is_over(self):
+        """Whether no step is left to do."""
+        reached = 0 < self.args.max_steps <= self.total_steps
+        return self.epoch >= self.args.epochs or reached
+
+    def timed(self, batches):
+        """The same batches; the time that the loop waits for them is counted as data_seconds."""
+        batches = iter(batches)
+        while True:
+            before = time.perf_counter()
+            batch = next(batches, None)
+            self.data_seconds += time.perf_counter() - before
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, terms, images):
+        """Add a step's terms, tensors by name, to the epoch's sums, on the device: no wait.
+
+        images: how many this process had. From the first step that is not finite on, the sums stand
+        still and `finite_steps` counts no further.
+        """
+        self.step += 1
+        self.total_steps += 1
+        self.images_seen += images * self.processes.size
+        values = torch.cat([value.flatten() for value in terms.values()])
+        before = self.sums.get("values", torch.zeros_like(values))
+        finite = before.isfinite().all()
+        shapes = {name: list(value.shape) for name, value in terms.items()}
+        self.sums = {"shapes": shapes, "values": torch.where(finite, before + values, before)}
+        self.finite_steps = self.finite_steps + self.sums["values"].isfinite().all()
+
+    def means(self):
+        """The epoch's means by name, floats or nested lists. Raises UserError for NaN or inf."""
+        shapes = self.sums["shapes"]
+        values = self.sums["values"].cpu().double() / self.step  # the host waits
+        parts = values.split([math.prod(shape) for shape in shapes.values()])
+        parts = dict(zip(shapes, parts, strict=True))
+        if int(self.finite_steps) < self.step:
+            bad = [name for name, part in parts.items() if not part.isfinite().all()]
+            bad = ", ".join(name for name in bad if name != "loss") or "loss"
+            kept = self.out / "last.pt"
+            last = f"{kept} is from before that" if kept.exists() else "nothing was saved yet"
+            step = self.total_steps - self.step + int(self.finite_steps) + 1
+            raise UserError(f"{bad} became infinite or NaN at step {step}: try a smaller --lr; "
+                            f"{last}")
+        return {name: part.view(shapes[name]).tolist() for name, part in parts.items()}
+
+    def after_step(self):
+        """Progress, --save-every and signals."""
+        self.show_progress()
+        minutes = self.args.save_every
+        due = minutes and time.perf_counter() - self.saved > 60 * minutes
+        wish = self.processes.largest(2 if self.signals.name else 1 if due else 0)
+        if wish:
+            self.save("last.pt")
+        if wish == 2:
+            cause = self.signals.name or "another process was stopped"
+            done = f"saved {self.out / 'last.pt'} after step {self.total_steps}"
+            words = f"{cause}: {done}; the same command with --resume goes on"
+            raise Interrupted(words if self.is_main else "")
+
+    @contextlib.contextmanager
+    def saving(self):
+        """An image that cannot be read ends the run; a process alone saves what was trained."""
+        try:
+            yield
+        except ImageError:
+            if self.step and self.processes.size == 1:
+                self.save("last.pt")
+            raise
+
+    def stop_clock(self):
+        """Training time is counted without evaluation and saving."""
+        self.means()  # the host waits for the device
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+
+    @contextlib.contextmanager
+    def evaluating(self):
+        """Evaluation is not training time."""
+        self.stop_clock()
+        self.show_progress("evaluation", every=0)
+        yield
+        self.clock = time.perf_counter()
+
+    # ------------------------------------------------ progress
+
+    def show_progress(self, doing="", every=1.0):
+        """One line on a terminal, at most one a second; nothing into a pipe."""
+        now = time.perf_counter()
+        if not (self.is_main and sys.stderr.isatty()) or now - self.last_shown < every:
+            return
+        self.last_shown = now
+        epoch = f"epoch {self.epoch + 1}/{self.args.epochs}"
+        if not self.step:
+            return show_line(f"{epoch}  {doing}")
+        speed = self.images_seen / (self.seconds + now - self.clock)
+        left = (self.args.epochs - self.epoch) * self.images_per_epoch - self.images_seen
+        if self.args.max_steps:
+            steps = self.args.max_steps - self.total_steps
+            left = min(left, steps * self.images_per_epoch / self.steps_per_epoch)
+        left = int(left / speed)
+        clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        show_line(f"{epoch}  step {self.step}/{self.steps_per_epoch}  loss "
+                  f"{self.means()['loss']:.3f}  {speed:.0f} images/s  {clock} left  {doing}")
+
+    def say_where_it_starts(self):
+        """--resume: from which step, or that there was nothing to go on from."""
+        if not (self.is_main and self.args.resume):
+            return
+        last = self.out / "last.pt"
+        if not self.total_steps:
+            return say(f"resuming   no {last}: starting afresh")
+        rest = "; no step is left to do" if self.is_over else ""
+        say(f"resuming   {last}, {self.total_steps:,} steps done{rest}")
+
+    def say_end(self, score, advice):
+        """score: what `best` is. advice: what to do next."""
+        if self.is_main:
+            best = f", best epoch {self.best_epoch} ({score} {self.best:.2f}, best.pt)"
+            best = best if self.best_epoch else ""
+            say(f"ended      {self.total_steps:,} steps{best}; next: {advice}")
+
+    # ------------------------------------------------ log and checkpoints
+
+    def epoch_line(self, **scores):
+        """The log's line for this epoch: counters, every term's mean, the scores, speed."""
+        means = {name: rounded(value) for name, value in self.means().items()}
+        return dict(epoch=self.epoch + 1, step=self.total_steps, **means, lr=self.logged_lr,
+                    **scores, images_per_second=round(self.images_seen / self.seconds, 1),
+                    seconds=round(self.seconds, 2), data_seconds=round(self.data_seconds, 2))
+
+    def end_epoch(self, line, score):
+        """Log the epoch, keep the best model in best.pt, save. score: what best.pt is chosen by."""
+        if self.step < self.steps_per_epoch:  # --max-steps: logged until --resume goes on
+            self.save("last.pt")
+            return self.write_log(line)
+        self.log.append(line)
+        self.epoch, self.step = self.epoch + 1, 0
+        self.reset()
+        if score > self.best:  # best.pt first: a run killed in between redoes the epoch
+            self.best, self.best_epoch = score, self.epoch
+            self.save("best.pt")
+        self.save("last.pt")
+        self.write_log()
+
+    def to_tensorboard(self, line, picture=None):
+        """--tensorboard: the line's numbers, and a picture (PNG, bytes) if there is one."""
+        if not self.board:
+            return
+        with self.board(self.out.path, purge_step=line["epoch"]) as board:  # once if resumed, too
+            for name, value in line.items():
+                values = value if isinstance(value, list) else [value]
+                if isinstance(values[0], list):  # lambda, which the picture shows
+                    continue
+                for a, number in enumerate(values, start=1):
+                    tag = f"{name}/{a}" if isinstance(value, list) else name
+                    board.add_scalar(tag, number, line["epoch"])
+            if picture:
+                pixels = np.asarray(Image.open(io.BytesIO(picture)))
+                board.add_image("matching", pixels, line["epoch"], dataformats="HWC")
+
+    def write_log(self, *unfinished):
+        """log.jsonl from the checkpoint's copy: each line once, whatever was interrupted."""
+        if self.is_main:
+            lines = [json.dumps(line, default=str) + "\n" for line in [*self.log, *unfinished]]
+            write(self.out / "log.jsonl", "".join(lines).encode())
+
+    def save(self, name):
+        """Write a checkpoint; last.pt leaves the one before as previous.pt. Every process calls."""
+        if self.step:
+            self.stop_clock()  # which also sees that nothing is saved that is not finite
+        alone = self.processes.size == 1
+        if not (alone or self.processes.all_equal(fingerprint(self.model))):
+            raise UserError("the processes' copies of the model differ: nothing was saved, "
+                            f"{self.out / 'last.pt'} is from before that")
+        if self.is_main:
+            state = dict(format=CHECKPOINT_FORMAT, processes=self.processes.size, **self.metadata)
+            state["args"] = {**vars(self.args), "device": str(self.args.device)}
+            state["model"] = self.model.state_dict()
+            state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+            state |= {name: getattr(self, name) for name in self.PROGRESS}
+            keep = self.out / "previous.pt" if name == "last.pt" else None
+            save_checkpoint(self.out / name, state, keep)
+        self.saved = self.clock = time.perf_counter()
+
+    def load(self, state):
+        """Go on from a checkpoint. Raises UserError if its images or its networks were others."""
+        path, here = self.out / "last.pt", self.log[0]  # the header of this start
+        if state["digest"] != self.metadata["digest"]:
+            raise UserError(f"{path} was made on training images of other names or another number: "
+                            "give the same --data-dir, or another --out-dir")
+        load_into(self.model, state["model"], path)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for name in self.PROGRESS:
+            setattr(self, name, state[name])
+        header = self.log[0]  # of the run's first start; "resumed" lists starts on something else
+        latest = header.get("resumed", [header])[-1]
+        if any(latest[name] != here[name] for name in ("torch", "device")):
+            moved = dict(after_step=self.total_steps, torch=here["torch"], device=here["device"])
+            header["resumed"] = [*header.get("resumed", []), moved]
+        if self.is_main and not self.best_epoch:  # killed between the first best.pt and its last.pt
+            (self.out / "best.pt").unlink(missing_ok=True)
+
+
+def rounded(value, digits=6):
+    """A float, or nested lists of floats, rounded for the log."""
+    if isinstance(value, list):
+        return [rounded(v, digits=4) for v in value]
+    return round(value, digits)
+
+
+def board_writer():
+    """The class that writes TensorBoard's files. Raises UserError without the package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard wants a package that is not here: "
+                        "pip install tensorboard") from None
+    return SummaryWriter
+
+
+def fingerprint(module):
+    """SHA-256 of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,465 @@
+"""methods.py: each method's loss against its formula, its second step, and a method of a user's own."""
+
+import copy
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import losses
+import meta
+import options
+import train
+from conftest import bits
+from methods import METHODS, Method, check_terms
+from support.console import UserError
+from support.processes import Processes
+from support.run import Run
+from test_losses import bank_columns, batch_columns, naive_lmcl, naive_mcl
+from test_meta import distance, gradients, runner, unrolled
+from tools.benchmark import operations
+
+LABELS = torch.tensor([0, 0, 1, 1, 2, 3])
+SMALL = ["small", "small_12", "small"]  # of conftest.py: two stages, widths 8 and 12
+WEIGHTS = dict(vcl=0.3, icl=0.7, soft_vcl=1.1, soft_icl=1.9)
+SIX = ["--weight-vcl", "0.3", "--weight-icl", "0.7", "--weight-soft-vcl", "1.1", "--weight-soft-icl", "1.9",
+       "--tau", "0.25", "--T", "2.5"]  # no two alike, none the default
+BANK = ["--contrast", "bank", "--negatives", "7", "--bank-momentum", "0.2"]
+TRAIN_LABELS, INDEX = torch.arange(20) % 5, torch.tensor([3, 8, 0, 11, 19, 5])
+
+
+def make(name, *flags, arch=SMALL, train_labels=None):
+    args = options.parse("", ["--method", name, "--arch", *arch, "--image-size", "16", *flags])
+    torch.manual_seed(args.seed)
+    method = METHODS[name](args, 5, train_labels).train()
+    torch.manual_seed(1)
+    return method, torch.randn(6, 3, 16, 16), LABELS
+
+
+def total(terms):
+    return sum(weight * value for weight, value in terms.values() if weight is not None)
+
+
+def kl(student, teacher, T):
+    return T * T * F.kl_div((student / T).log_softmax(-1), (teacher / T).softmax(-1), reduction="batchmean")
+
+
+def with_weights(values):
+    return {name: (WEIGHTS[name], value) for name, value in values.items()}
+
+
+def cross_entropies(heads):
+    return sum(F.cross_entropy(head, LABELS) for head in heads)
+
+
+def assert_terms(terms, expected):
+    """The same names, weights and values, and so the same loss. expected: {name: (weight, value)}."""
+    weights = lambda terms: {name: weight for name, (weight, _) in terms.items()}
+    assert weights(terms) == weights(expected)
+    for name, (_, value) in expected.items():
+        assert terms[name][1].item() == pytest.approx(value.item(), rel=1e-4), name
+    assert total(terms).item() == pytest.approx(total(expected).item(), rel=1e-5)
+
+
+# ---------------------------------------------------------------- the losses
+
+def bound(z):
+    """log K - ICL at tau 0.25, mean over all ordered pairs; K = 4 for each anchor that has a positive."""
+    pairs = list(itertools.permutations(z, 2))
+    return math.log(4) - sum(losses.icl(z_a, z_b, LABELS, 0.25) for z_a, z_b in pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("matching", ["learned", "uniform"])
+def test_lmcl_is_the_sum_of_its_formula(matching):
+    """The contrastive terms one pair of stages and one sample at a time."""
+    method, x, y = make("lmcl", *SIX, "--matching", matching)
+    terms = method.terms(method(x), y, None)
+    features, z, logits = method.students(x)  # train-mode batch norm: the same again
+    learned = matching == "learned"
+    weights = method.matching_network(features) if learned else torch.full((3, 2, 3, 2, 6), 0.5)
+    aggregated = method.aggregator(features, logits)
+    name, value = list(terms)[-1], terms["matching"]
+    assert name == "matching" and value[0] is None and torch.equal(value[1], weights.mean(-1))
+    del terms["matching"]
+    assert_terms(terms, {
+        "ce": (1, cross_entropies(logits.flatten(0, 1))),
+        "ce_agg": (1, cross_entropies(aggregated)),
+        "kd": (1, sum(kl(a, b, 2.5) for a, b in itertools.product(logits[:, -1], aggregated))),
+        **with_weights(naive_lmcl(batch_columns(z, y.tolist(), 0.25), weights, 2.5)),
+        "mi_bound": (None, bound(z[:, -1]))})
+    assert (method.second.every if learned else method.second) == (50 if learned else None)
+
+
+def test_mcl_is_the_sum_of_its_formula():
+    method, x, y = make("mcl", *SIX, "--logit-kd")
+    terms = method.terms(method(x), y, None)
+    _, z, logits = method.students(x)
+    z, logits = z[:, 0], logits[:, 0]
+    expected = {
+        "ce": (1, cross_entropies(logits)),
+        **with_weights(naive_mcl(batch_columns(z, y.tolist(), 0.25), 3, 6, 2.5)),
+        "kd": (1, sum(kl(own, logits.mean(0), 2.5) for own in logits)), "mi_bound": (None, bound(z))}
+    assert_terms(terms, expected)
+    method, *_ = make("mcl", *SIX)
+    del expected["kd"]
+    assert_terms(method.terms(method(x), y, None), expected)
+
+
+@pytest.mark.parametrize("name", ["mcl", "lmcl"])
+def test_contrast_against_the_bank(name):
+    """Against loops over the rows drawn; afterwards the batch's rows have moved, and nothing else."""
+    method, x, _ = make(name, *SIX, *BANK, train_labels=TRAIN_LABELS)
+    y, before, rows = TRAIN_LABELS[INDEX], method.bank.rows.clone(), method.bank.sample(INDEX, 0, 0)
+    outputs = method(x)
+    terms, z, L = method.terms(outputs, y, rows), method.students(x)[1], method.cohort.stages
+    assert L == (2 if name == "lmcl" else 1) and rows.negatives.shape == (3, L, 7, 128)
+    contrast = [t.float() for t in (rows.own, rows.positive, rows.negatives)]
+    if name == "lmcl":
+        columns = bank_columns(z, *contrast, rows.same_class, 0.25)
+        values = naive_lmcl(columns, method.matching_network(outputs.features), 2.5)
+    else:
+        columns = bank_columns(z[:, 0], *(t[:, 0] for t in contrast), rows.same_class, 0.25)
+        values = naive_mcl(columns, 3, 6, 2.5)
+    assert_terms({k: terms[k] for k in WEIGHTS}, with_weights(values))
+    assert "mi_bound" not in terms
+
+    method.after_step(outputs, rows)
+    moved = (method.bank.rows != before).any(-1)  # [N, L, n]
+    expected = torch.zeros(20, dtype=torch.bool).index_fill(0, INDEX, True)
+    assert torch.equal(moved, expected.expand_as(moved))
+    mean = F.normalize(0.2 * before[:, :, INDEX].float() + 0.8 * z.detach(), dim=-1)
+    assert torch.allclose(method.bank.rows[:, :, INDEX].float(), mean, atol=1e-3)
+    averaged = [b for b in method.statistics() if b is method.bank.stored]  # the rows are equal everywhere
+    other, *_ = make(name, *BANK, "--seed", "1", train_labels=TRAIN_LABELS)
+    assert averaged == [] and not torch.equal(other.bank.rows, before)
+
+
+def test_the_other_methods_are_the_sums_of_their_formulas():
+    """And one seed gives all methods the same initial backbones."""
+    backbones = {}
+    for name, *flags in (["deep-supervision"], ["independent"], ["dml"],
+                         ["afd", "--T", "2.5", "--weight-adversarial", "0.3"], ["mcl"], ["lmcl"]):
+        method, x, y = make(name, *flags)
+        backbones[name] = [bits(student.backbone.state_dict()) for student in method.cohort.students]
+        terms = method.terms(method(x), y, None)
+        _, logits = method.cohort(x)
+        last, expected = logits[:, -1], {"ce": (1, cross_entropies(logits.flatten(0, 1)))}
+        assert logits.shape == (3, 2 if name in ("deep-supervision", "lmcl") else 1, 6, 5)
+        if name in ("dml", "afd"):
+            T = 1 if name == "dml" else 2.5
+            expected["kd"] = 1, sum(kl(a, b, T) / 2 for a, b in itertools.permutations(last, 2))
+        if name == "afd":
+            own = method.discriminators(method.discriminators.align(method.cohort.last_maps(x)[0]))
+            expected["adversarial"] = 0.3, (1 - own).square().mean(1).sum()
+        if name not in ("mcl", "lmcl"):
+            assert_terms(terms, expected)
+    assert all(b == backbones["independent"] for b in backbones.values())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_student(name):
+    """No second step; what is mutual is 0 or left out; lmcl's student has its aggregator for a teacher."""
+    method, x, y = make(name, "--num-nets", "1", arch=["small"])
+    terms = method.terms(method(x), y, None)
+    assert method.second is None and len(method.optimizers()) == 1
+    assert not terms.keys() & {"mi_bound", "matching", "adversarial"}
+    mutual = {"icl", "soft_vcl", "soft_icl"} | ({"kd"} if name != "lmcl" else set())
+    assert all(terms[k][1] == 0 for k in terms.keys() & mutual)
+
+
+def test_what_gets_gradient_from_lmcl():
+    """Not the matching network; all the rest. KD gives the aggregator, its teacher, none."""
+    method, x, y = make("lmcl")
+    outputs = method(x)
+    terms = method.terms(outputs, y, None)
+    aggregator = list(method.aggregator.parameters())
+    grad = torch.autograd.grad(terms["kd"][1], aggregator, retain_graph=True, allow_unused=True)
+    assert grad == (None,) * len(grad)
+    total(terms).backward()
+    assert all(p.grad is None for p in method.matching_network.parameters())
+    maps = [p for part in (method.students, method.aggregator) for p in part.parameters() if p.dim() > 1]
+    assert all(p.grad.abs().sum() > 0 for p in maps)
+
+
+@pytest.mark.parametrize(("name", "flags"), [
+    ("independent", []), ("afd", []), ("mcl", ["--logit-kd"]), ("lmcl", []),
+    ("lmcl", ["--contrast", "bank", "--negatives", "16"])])
+def test_bfloat16(name, flags):
+    """Networks in bfloat16, the loss in float32: shapes of float32 and, roughly, its values."""
+    method, x, y = make(name, *flags, train_labels=TRAIN_LABELS)
+    rows = method.bank.sample(INDEX, 0, 0) if method.bank else None
+    y = TRAIN_LABELS[INDEX] if rows else y
+    plain = method(x)
+    expected = method.terms(plain, y, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = method(x)
+        terms = method.terms(outputs, y, rows)
+    assert outputs.logits.dtype == torch.bfloat16 and outputs.logits.shape == plain.logits.shape
+    assert torch.allclose(outputs.logits.float(), plain.logits, atol=0.05)
+    if name in ("mcl", "lmcl"):
+        assert outputs.embeddings.dtype == torch.float32
+        assert torch.allclose(outputs.embeddings, plain.embeddings, atol=0.02)
+    assert terms.keys() == expected.keys()
+    for k, (weight, value) in terms.items():
+        assert value.dtype == torch.float32 and weight == expected[k][0]
+        assert torch.allclose(value, expected[k][1], rtol=0.02, atol=0.02), k
+    if name == "afd":
+        grads = []
+        for made in (outputs, plain):
+            made = made._replace(maps=[m.detach() for m in made.maps])
+            assert made.maps[0].dtype == made.logits.dtype
+            method.second.step(method.optimizers()[1], 0.1, None, x, y, None, made)
+            grads.append([g.clone() for g in gradients(method.second.network)])
+        assert distance(*grads) < 0.05
+
+
+# ---------------------------------------------------------------- what is trained after the SGD step
+
+@pytest.mark.parametrize("contrast", ["batch", "bank"])
+def test_the_meta_step_is_that_of_the_options(contrast):
+    """Its gradient equals autograd through the unrolled virtual steps; the matching network alone moves."""
+    method, x, y = make("lmcl", *SIX, *(BANK if contrast == "bank" else ()), "--momentum", "0.5",
+                        "--weight-decay", "0.01", "--meta-steps", "3", arch=["small", "small_12"],
+                        train_labels=TRAIN_LABELS)
+    method, x, rows = method.double(), x.double(), None
+    loss = lambda z: losses.lmcl_loss(z, y, weights, 0.25, 2.5)
+    if contrast == "bank":
+        y, rows = TRAIN_LABELS[INDEX], method.bank.sample(INDEX, 0, 0)
+        loss = lambda z: losses.lmcl_bank_loss(z, *rows[1:], weights, 0.25, 2.5)
+    params, call = runner(copy.deepcopy(method.students))
+    weights = method.matching_network([f.detach() for f in call(params, x)[0]])
+    inner = lambda p: total(with_weights(loss(call(p, x)[1])))
+    outer = lambda p: losses.cross_entropy(call(p, x)[2], y)
+    final = unrolled(inner, outer, params, None, 3, lr=0.05, momentum=0.5, weight_decay=0.01)
+    exact = torch.autograd.grad(final, list(method.matching_network.parameters()))
+
+    before, averages = copy.deepcopy(method.state_dict()), []
+    average = lambda vector: averages.append(vector) or vector
+    method.second.step(method.optimizers()[1], 0.05, average, x, y, rows, None)
+    assert averages and distance(gradients(method.matching_network), exact) < 1e-9
+    changed = {k for k, v in method.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {k for k in before if k.startswith("matching_network.")}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_hypergradient_of_the_contrastive_losses_by_finite_differences(steps):
+    """lambda moved by hand, steps made by torch.optim.SGD: the soft losses' targets are constant in each
+    step's gradient, but they are other constants in the next step, and the hypergradient must know."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 4, generator=draw, dtype=torch.float64)
+    start = [torch.randn(s, generator=draw, dtype=torch.float64) for s in ((2, 2, 5, 4), (5, 4))]
+    start[0] *= 0.5
+    weights = torch.full((2, 2, 2, 2, 6), 0.5, dtype=torch.float64, requires_grad=True)
+    features = lambda p: torch.einsum("nldk,bk->nlbd", p[0], x).tanh()
+    contrast = lambda p: losses.lmcl_loss(F.normalize(features(p), dim=-1), LABELS, weights)
+    inner = lambda p: total(with_weights(contrast(p)))
+    outer = lambda p: losses.cross_entropy(features(p) @ p[1], LABELS)
+    sgd = dict(lr=0.02, momentum=0.9, weight_decay=5e-4)
+
+    def final_loss():
+        theta = [nn.Parameter(p.clone()) for p in start]
+        optimizer = torch.optim.SGD(theta, **sgd)
+        for loss in [inner] * steps + [outer]:
+            for p in theta:
+                p.grad = torch.zeros_like(p)  # not None: that would spare it the decay
+            loss(theta).backward()
+            optimizer.step()
+        return outer(theta).item()
+
+    ours, = meta.hypergradient(inner, outer, start, [weights], inner_steps=steps, **sgd)
+    for place in ((0, 0, 1, 0, 0), (0, 1, 1, 0, 3), (1, 1, 0, 1, 5), (1, 0, 0, 0, 2)):
+        ends = []
+        for shift in (1e-5, -2e-5, 1e-5):
+            weights.data[place] += shift
+            ends.append(final_loss())
+        assert ours[place].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6, abs=1e-9)
+
+
+def test_afd_students_and_discriminators_oppose_each_other():
+    """Each side, moved alone, lowers its own loss and raises the other's."""
+    method, x, y = make("afd", arch=["resnet8", "shufflenetv2_0.5", "wrn_10_1"])
+    outputs, judges = method(x), method.discriminators
+    maps = outputs.maps
+    assert {m.shape for m in maps} == {(6, 64, 2, 2)}  # the smallest width and size of the three
+    own = method.optimizers()[1]
+    assert isinstance(own, torch.optim.Adam)
+    assert (own.defaults["lr"], own.defaults["betas"]) == (2e-4, (0.5, 0.999))
+    adam = torch.optim.Adam(method.second.network.parameters(), lr=2e-3)
+    students = [p.clone() for p in method.students.parameters()]
+    moving = [m.detach().clone().requires_grad_() for m in maps]  # stands for the students
+    sgd = torch.optim.SGD(moving, lr=1.0)
+
+    def losses_now():
+        with torch.no_grad():
+            return losses.generator_loss(judges(moving)).item(), \
+                losses.discriminator_loss(judges(moving), judges(maps[1:] + maps[:1])).item()
+
+    def discriminators_move():
+        made = outputs._replace(maps=[m.detach() for m in moving])
+        for _ in range(20):
+            method.second.step(adam, 0.1, None, x, y, None, made)
+
+    def students_move():
+        for _ in range(20):
+            sgd.zero_grad()
+            losses.generator_loss(judges(moving)).backward()
+            sgd.step()
+
+    history = [losses_now()]
+    for move in (discriminators_move, students_move, discriminators_move):
+        move()
+        history.append(losses_now())
+    generator, discriminator = zip(*history, strict=True)
+    assert method.second.every == 1 and discriminator[1] < discriminator[0]
+    assert generator[2] < generator[1] and discriminator[2] > discriminator[1]  # the students gain
+    assert generator[3] > generator[2] and discriminator[3] < discriminator[2]  # and lose again
+    assert all(torch.equal(p, q) for p, q in zip(method.students.parameters(), students, strict=True))
+
+
+# ---------------------------------------------------------------- optimizers and cost
+
+@pytest.mark.parametrize(("name", "arch"), [
+    ("lmcl", ["small", "small_12"]), ("mcl", ["wrn_10_1", "shufflenetv2_0.5", "hcgnet_a1"])])
+def test_optimizers_are_those_of_the_options(name, arch):
+    """Plain SGD makes the same steps. PyTorch's fused SGD on the CPU takes a gradient of other strides than
+    the parameter's for one of the same."""
+    method, x, y = make(name, "--lr", "0.01", "--momentum", "0.6", "--weight-decay", "0.02", arch=arch)
+    method = method.to(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    twin = copy.deepcopy(method)
+    trained = [p for k, p in twin.named_parameters() if not k.startswith("matching_network.")]
+    plain = torch.optim.SGD(trained, lr=0.01, momentum=0.6, weight_decay=0.02, nesterov=True, foreach=False)
+    ours, *others = method.optimizers()
+    for model, sgd in ((method, ours), (twin, plain)):
+        for _ in range(2):
+            sgd.zero_grad()
+            total(model.terms(model(x), y, None)).backward()
+            sgd.step()
+    for (key, p), q in zip(method.named_parameters(), twin.named_parameters(), strict=True):
+        assert (p - q[1]).norm() <= 1e-3 * q[1].norm() + 1e-6, key
+    if name == "lmcl":
+        theirs = others[0].param_groups[0]
+        assert list(map(id, theirs["params"])) == list(map(id, method.matching_network.parameters()))
+        assert [theirs[k] for k in ("lr", "momentum", "weight_decay", "nesterov")] == [0.01, 0.6, 0.02, True]
+
+
+def test_operations_of_a_step():
+    """Ordinary step with its optimizer, and meta step, of resnet8 x 2, views aside: they do not creep up."""
+    method, x, y = make("lmcl", "--device", "cpu", arch=["resnet8"])
+    args, batch = method.args, (x, y, None)
+    args.device = torch.device("cpu")
+    run = Run(args, None, method, method.optimizers(), metadata={}, steps_per_epoch=3, images_per_epoch=18,
+              processes=Processes({}), signals=None)
+    _, outputs = train.train_step(args, method, run, *batch)  # the first makes the momentum buffers
+    assert operations(lambda: train.train_step(args, method, run, *batch)) <= 690
+    assert operations(lambda: method.second.step(run.optimizers[1], 0.1, None, *batch, outputs)) <= 9200
+
+
+# ---------------------------------------------------------------- a method of a user's own
+
+class KDCL(Method):
+    """README's: KL towards the smallest of all students' logits, each less its true class's (CVPR 2020)"""
+
+    @staticmethod
+    def add_options(group):
+        group.add_argument("--weight-kd", type=float, default=1.0, help="of the KL term (1)")
+
+    def terms(self, outputs, labels, rows):
+        logits = outputs.logits[:, -1]  # [N, B, C]
+        true = logits.gather(-1, labels.expand(len(logits), -1)[..., None])  # [N, B, 1]
+        kd = losses.distillation(logits, (logits - true).amin(0), T=3.0).sum()
+        return {"ce": (1, losses.cross_entropy(logits, labels)), "kd": (self.args.weight_kd, kd)}
+
+
+@pytest.fixture
+def kdcl(monkeypatch):
+    monkeypatch.setitem(METHODS, "kdcl", KDCL)
+
+
+def test_a_method_of_ones_own(kdcl, run, monkeypatch):
+    """The loss by hand, and a run."""
+    monkeypatch.setattr(KDCL, "__doc__", None)  # a user may leave it out
+    method, x, y = make("kdcl", "--weight-kd", "0.5")
+    logits = method.students(x)[1][:, -1]
+    less_true = [torch.stack([own[i] - own[i, y[i]] for own in logits]) for i in range(6)]  # [N, C] each
+    by_hand = torch.stack([smallest.min(0).values for smallest in less_true])
+    assert_terms(method.terms(method(x), y, None), {
+        "ce": (1, cross_entropies(logits)), "kd": (0.5, sum(kl(own, by_hand, 3) for own in logits))})
+    first, line = run("--method", "kdcl", "--weight-kd", "0.5", epochs=1)
+    assert first["args"]["weight_kd"] == 0.5
+    assert line["kd"] == pytest.approx(0.5 * line["unweighted_kd"], rel=1e-4)  # the log rounds
+    assert line["loss"] == pytest.approx(line["ce"] + line["kd"], rel=1e-4)
+    assert not Path("out/matching.png").exists()
+
+
+def test_options_of_a_method_of_ones_own(kdcl, capsys):
+    parse = lambda *flags: options.parse("", ["--arch", "small", "--method", *flags])
+    default, given = parse("kdcl"), parse("kdcl", "--weight-kd", "0.5")
+    assert (default.weight_kd, given.weight_kd) == (1.0, 0.5)
+    assert given.out_dir == default.out_dir + "-weight-kd-0.5" and "weight_kd" not in parse("dml")
+    for name, flag, owners in ("dml", "--weight-kd", "kdcl"), ("kdcl", "--tau", "lmcl or mcl"):
+        with pytest.raises(SystemExit) as end:
+            parse(name, flag, "1")
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and error.count("\n") == 1
+        assert f"argument {flag}: {name} has no such option, it goes with --method {owners} " in error
+
+
+def test_options_that_argparse_allows_in_a_method(kdcl, monkeypatch, capsys):
+    """Short flags, groups, required ones, a % in the docstring; but no type that a checkpoint cannot hold."""
+    def add_options(group):
+        either = group.add_mutually_exclusive_group()
+        either.add_argument("-w", "--weight-kd", type=float, default=1.0)
+        either.add_argument("--no-kd", action="store_true")
+        group.add_argument("--teacher", type=Path)
+        group.add_argument("--grade", required=True)
+
+    monkeypatch.setattr(KDCL, "add_options", staticmethod(add_options))
+    monkeypatch.setattr(KDCL, "__doc__", "90% of KDCL")
+    parse = lambda *flags: options.parse("", ["--arch", "small", "--method", *flags])
+    assert parse("kdcl", "--grade", "a", "-w", "2").out_dir.endswith("-grade-a-weight-kd-2.0")
+    for flags, words in (
+            (["kdcl", "--grade", "a", "--teacher", "x"], "--teacher: a checkpoint cannot hold a PosixPath"),
+            (["dml", "--no-kd"], "--no-kd: dml has no such option, it goes with --method kdcl"),
+            (["kdcl", "--grade", "a", "--no-such"], "unrecognized argument --no-such")):
+        with pytest.raises(SystemExit):
+            parse(*flags)
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        parse("kdcl", "--help")
+    assert "90% of KDCL" in capsys.readouterr().out
+
+
+ONE = torch.ones(())
+
+
+@pytest.mark.parametrize(("terms", "words"), [
+    (ONE, "returns a Tensor"), ({}, "returns a dict"), (None, "returns a NoneType"),
+    ({"ce": ONE}, "'ce' is no pair"), ({"ce": (1, ONE, ONE)}, "'ce' is no pair"),
+    ({"ce": (1, ONE), "kd": (1, 0.5)}, "value of 'kd' is no tensor"),
+    ({"ce": (1, torch.ones(1))}, "value of 'ce' is no tensor with one number"),
+    ({"ce": (None, 0.5)}, "value of 'ce' is no tensor"), ({"ce": (ONE, ONE)}, "weight of 'ce' is a Tensor"),
+    ({"ce": (None, ONE), "kd": (None, ONE)}, "no weight but None"),
+    ({"ce": (1, ONE), "step": (None, ONE)}, "another use for 'step'"),
+    ({"loss": (1, ONE)}, "another use for 'loss'"), ({"my_top1": (1, ONE)}, "another use for 'my_top1'")])
+def test_wrong_terms_are_one_line(kdcl, terms, words):
+    method, *_ = make("kdcl", arch=["small"])
+    with pytest.raises(UserError) as error:
+        check_terms(method, terms)
+    message = str(error.value)
+    assert message.startswith("KDCL.terms") and words in message and "\n" not in message
+
+
+def test_right_terms(kdcl):
+    method, *_ = make("kdcl", arch=["small"])
+    check_terms(method, {"ce": (1, ONE), "kd": (0.5, ONE), "seen": (None, torch.ones(2, 3))})
+
+
+def test_a_run_ends_before_it_starts_where_a_method_gives_wrong_terms(kdcl, fails, monkeypatch):
+    monkeypatch.setattr(KDCL, "terms", lambda self, outputs, labels, rows: {"ce": (1, 0.5)})
+    fails(["--method", "kdcl"], "KDCL.terms", "'ce'")

@@ -1,0 +1,269 @@
+"""predict.py: pictures, evaluation and export of student files, last.pt and best.pt."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import flags, read_log
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+import predict
+import train
+from support import files
+
+ROOT = Path(train.__file__).parent
+ARCH = ["small", "small_12"]
+
+
+@pytest.fixture(scope="module")
+def out(images, tmp_path_factory):
+    """What a run of two students leaves."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    train.main(flags(images, out, 2, "--method", "mcl", "--arch", *ARCH))
+    return out
+
+
+@pytest.fixture
+def use(tmp_path, monkeypatch, capsys):
+    """Run predict.py in an empty folder; returns the lines it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def use(*more):
+        capsys.readouterr()
+        predict.main([*map(str, more), "--device", "cpu"])
+        return capsys.readouterr().out.splitlines()
+
+    return use
+
+
+@pytest.fixture
+def fails(use, capsys):
+    """Run predict.py, which is to end by this exit status and one line with all these words."""
+    def fails(more, *words, status=1):
+        with pytest.raises(SystemExit) as end:
+            use(*more)
+        printed = capsys.readouterr()
+        lines = printed.err.splitlines()
+        assert end.value.code == status and len(lines) == 1 and printed.out == "", lines
+        assert lines[0].startswith("predict.py: error: "), lines
+        assert [w for w in words if w not in lines[0]] == [], lines
+
+    return fails
+
+
+def student(out, a):
+    return predict.load_student(out / f"student_{a}_{ARCH[a - 1]}.pt")
+
+
+@torch.no_grad()
+def expected(network, images):
+    """Probabilities [B, C] for uint8 [B, 3, H, W] of the right size."""
+    mean, std = (torch.tensor(x)[:, None, None] for x in (network.mean, network.std))
+    return network((images / 255 - mean) / std).softmax(-1)
+
+
+def probabilities(network, picture):
+    return expected(network, pil_to_tensor(Image.open(picture))[None])[0]
+
+
+def five(classes, p):
+    """The line's words for probabilities [C]."""
+    return "  ".join(f"{classes[c]} {p[c]:.2f}" for c in p.argsort(descending=True)[:5])
+
+
+# ---------------------------------------------------------------- pictures
+
+def test_pictures_and_folders_by_a_student(use, out, images):
+    """Five classes of six, the likeliest first; a folder's images in order, those in folders of it too."""
+    picture, folder, own = images / "test/class3/9.png", images / "test/class0", student(out, 1)
+    (Path("deep") / "er").mkdir(parents=True)
+    shutil.copy(picture, "deep/er/x.png")
+    Path("deep/notes.txt").write_text("no picture")
+    lines = use(picture, folder, "deep", "--student", out / "student_1_small.pt")
+    paths = [picture, *sorted(folder.iterdir()), Path("deep/er/x.png")]
+    assert lines == [f"{path}  {five(own.classes, probabilities(own, path))}" for path in paths]
+
+
+def test_several_students_by_their_mean_probability(use, out, images):
+    """Of last.pt those of the student files; of best.pt its own."""
+    pictures = sorted(images.glob("test/*/9.png"))
+    for checkpoint in ("last.pt", "best.pt"):
+        students = [predict.load_student(file) for file in predict.load_contents(out / checkpoint)[0]]
+        means = [sum(probabilities(network, picture) for network in students) / 2 for picture in pictures]
+        assert use(*pictures, "--student", out / checkpoint) == [
+            f"{picture}  {five(students[0].classes, p)}" for picture, p in zip(pictures, means, strict=True)]
+        if checkpoint == "last.pt":
+            first, second = (torch.stack([probabilities(student(out, a), picture) for picture in pictures])
+                             for a in (1, 2))
+            assert torch.equal(torch.stack(means), (first + second) / 2)
+            assert (first - second).abs().max() > 0.01  # the mean is not one of them
+
+
+# ---------------------------------------------------------------- evaluation
+
+def scores(log):
+    """predict.py's lines for the last epoch of a log."""
+    names = log[0]["args"]["arch"]
+    return [f"student {a}  {name}: top-1 {top1:.2f}  top-5 {top5:.2f}" for a, name, top1, top5 in
+            zip((1, 2, 3), names, log[-1]["test_top1"], log[-1]["test_top5"], strict=False)]
+
+
+def test_scores_equal_those_of_the_run(use, out, images):
+    """last.pt knows where its data is; a student file is told. best.pt has its own epoch's scores."""
+    log = read_log(out)
+    assert use("--student", out / "last.pt", "--dataset", "folder") == scores(log)
+    best = files.load_checkpoint(out / "best.pt")["best_epoch"]
+    assert use("--student", out / "best.pt", "--dataset", "folder") == scores(log[:best + 1])
+    for a in (1, 2):
+        file = out / f"student_{a}_{ARCH[a - 1]}.pt"
+        found = use("--student", file, "--dataset", "folder", "--data-dir", images)
+        assert found == [scores(log)[a - 1].replace("student 2", "student 1")]
+
+
+def test_scores_where_test_images_were_split_off(use, run, images):
+    """A folder without test images: the run's --seed and --validation-fraction say which were held back."""
+    shutil.copytree(images / "train", "all/train")
+    split = ["--validation-fraction", 0.33, "--seed", 3]
+    log = run(*split, "--data-dir", "all", "--method", "independent", "--batch-size", 12, epochs=1)
+    assert use("--student", "out/last.pt", "--dataset", "folder") == scores(log)
+    given = ["--student", "out/student_1_small.pt", "--dataset", "folder", "--data-dir", "all"]
+    assert use(*given, *split) == scores(log)[:1]
+    assert len({use(*given, *split[:3], seed)[0] for seed in range(5)}) > 1
+
+
+def test_scores_of_a_streamed_run(use, run, images):
+    """Its images are resized and cropped as it did, for student files too, which remember the size."""
+    log = run("--stream", "--workers", 0, "--method", "independent", "--batch-size", 12,
+              "--validation-fraction", 0.33, epochs=1)
+    folder = ["--dataset", "folder", "--workers", 0]
+    assert use("--student", "out/last.pt", *folder) == scores(log)
+    assert use("--student", "out/student_2_small.pt", *folder, "--data-dir", images) == \
+        [scores(log)[1].replace("student 2", "student 1")]
+    line, = use("--student", "out/student_1_small.pt", images / "test/class3/9.png")
+    assert line.count("class") == 6
+
+
+# ---------------------------------------------------------------- export
+
+def batch(count):
+    draw = torch.Generator().manual_seed(count)
+    return torch.randint(256, (count, 3, 16, 16), generator=draw, dtype=torch.uint8)
+
+
+def test_export_for_pytorch(use, out, monkeypatch):
+    """torch.export.load alone reads it: uint8 of any batch size in, probabilities out, classes beside."""
+    line, = use("--student", out / "student_2_small_12.pt", "--export", "new/net.pt2")
+    assert line == "student 1  small_12: new/net.pt2, uint8 [B, 3, 16, 16] -> probabilities, 6 classes"
+    own = student(out, 2)
+    with monkeypatch.context() as alone:
+        for name, module in list(sys.modules.items()):
+            if Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT):
+                alone.setitem(sys.modules, name, None)  # importing it fails
+        extra = {"classes.json": ""}
+        network = torch.export.load("new/net.pt2", extra_files=extra).module()
+        for count in (1, 5):
+            torch.testing.assert_close(network(batch(count)), expected(own, batch(count)))
+    assert "mean_std" in dict(network.named_buffers())  # so that it moves to another device
+    assert json.loads(extra["classes.json"]) == own.classes == [f"class{c}" for c in range(6)]
+
+
+def test_export_for_onnx(use, out):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+    use("--student", out / "student_1_small.pt", "--export", "net.onnx")
+    model, own = onnx.load("net.onnx"), student(out, 1)
+    onnx.checker.check_model(model, full_check=True)
+    assert json.loads({p.key: p.value for p in model.metadata_props}["classes"]) == own.classes
+    (given,), (found,) = model.graph.input, model.graph.output
+    assert (given.name, found.name) == ("images", "probabilities")
+    assert given.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    for count in (1, 5):
+        found, = ReferenceEvaluator(model).run(None, {"images": batch(count).numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected(own, batch(count)))
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_export_for_onnx_without_its_packages(fails, out, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    fails(["--student", out / "student_1_small.pt", "--export", "net.onnx"], "pip install onnx onnxscript")
+    assert not Path("net.onnx").exists()
+
+
+def test_export_of_several_students(use, out, images):
+    """Each by itself, as numbered files; student files of best.pt are read again. Other uses go beside it."""
+    picture = images / "test/class3/9.png"
+    *evaluated, named, first, second = use(picture, "--student", out / "best.pt", "--export", "net.pt",
+                                           "--dataset", "folder")
+    assert len(evaluated) == 2 and named.startswith(f"{picture}  class")
+    assert first == "student 1  small: net_1.pt, student file, 6 classes" and "net_2.pt" in second
+    assert sorted(p.name for p in Path().iterdir()) == ["net_1.pt", "net_2.pt"]
+    state = files.load_checkpoint(out / "best.pt")["model"]
+    for a, name in enumerate(ARCH):
+        network = predict.load_student(f"net_{a + 1}.pt")
+        assert network.architecture == name and network.mean == student(out, 1).mean
+        for key, value in network.state_dict().items():
+            assert torch.equal(value, state[f"students.cohort.students.{a}.backbone.{key}"])
+    use("--student", out / "best.pt", "--export", "net.pt2")
+    assert [torch.export.load(f"net_{a}.pt2").module()(batch(2)).shape for a in (1, 2)] == [(2, 6)] * 2
+
+
+# ---------------------------------------------------------------- what users do wrong
+
+@pytest.mark.parametrize("more, status, words", [
+    (["--student", "net.pt"], 2, "nothing to do: give pictures, --dataset or --export"),
+    (["x.png"], 2, "--student"),
+    (["--student", ""], 2, "--student: must be a file's name"),
+    (["--student", "net.pt", "--export", "net.tflite"], 2, "--export: must end in .pt2, .onnx, .pt"),
+    (["--student", "net.pt", "--export", "net"], 2, "--export: must end in"),
+    (["--student", "net.pt", "--dataset", "mnist"], 2, "--dataset: invalid choice"),
+    (["--student", "nothing.pt", "x.png"], 1, "cannot read nothing.pt (No such file"),
+    (["--student", "folder", "x.png"], 1, "cannot read folder (Is a directory)"),
+    (["--student", "junk.pt", "x.png"], 1, "junk.pt is no file of weights"),
+    (["--student", "weights.pt", "x.png"], 1, "weights.pt"),
+    (["--student", "foreign.pt", "x.png"], 1, "foreign.pt is no checkpoint of this program"),
+    (["--student", "future.pt", "x.png"], 1, "newer than this program's"),
+    (["--student", "past.pt", "x.png"], 1, "older than this program's"),
+    (["--student", "detect.pt", "x.png"], 1, "detect.pt is no checkpoint of train.py"),
+    (["--student", "net.pt", "nothing.png"], 1, "cannot read image nothing.png"),
+    (["--student", "net.pt", "junk.pt"], 1, "cannot read image junk.pt"),
+    (["--student", "net.pt", "folder"], 1, "no image in folder"),
+    (["--student", "net.pt", "--dataset", "folder", "--data-dir", "gone"], 1, "--data-dir gone: no folder"),
+    (["--student", "net.pt", "--dataset", "folder", "--data-dir", "other"], 1,
+     "net.pt was trained on other classes (class0, class1, class2, class3, class4, class5) than those of"),
+    (["--student", "net.pt", "--export", "junk.pt/x.pt"], 1, "the folder of --export"),
+    (["--student", "net.pt", "--model-file", "nowhere.py", "x.png"], 1, "nowhere.py"),
+])
+def test_user_errors_end_in_one_line(fails, out, images, more, status, words):
+    Path("folder").mkdir()
+    Path("junk.pt").write_bytes(b"junk" * 100)
+    shutil.copy(out / "student_1_small.pt", "net.pt")
+    torch.save({"weights": torch.ones(2)}, "weights.pt")
+    files.save_checkpoint("foreign.pt", {"weights": torch.ones(2)})
+    for name, number in (("future.pt", 99), ("past.pt", 1), ("detect.pt", files.CHECKPOINT_FORMAT)):
+        state = dict(format=number, args=dict(arch="resnet18", backbone="random"), model={})
+        files.save_checkpoint(name, state)
+    if "other" in more:
+        shutil.copytree(images, "other")
+        for split in ("train", "test"):
+            Path("other", split, "class0").rename(Path("other", split, "cat"))
+    fails(more, words, status=status)
+
+
+def test_torchrun_is_refused(fails, out, monkeypatch):
+    for item in dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0").items():
+        monkeypatch.setenv(*item)
+    fails(["--student", out / "last.pt", "x.png"], "predict.py wants one process: leave torchrun out")
+
+
+def test_last_pt_with_other_classes_is_refused(fails, out, images):
+    shutil.copytree(images / "train", "other/train")
+    shutil.rmtree("other/train/class5")
+    shutil.copytree("other/train", "other/test")
+    fails(["--student", out / "last.pt", "--dataset", "folder", "--data-dir", "other"],
+          f"{out}/last.pt was trained on other classes", "class5) than",
+          "--data-dir other (class0, class1, class2, class3, class4)")

@@ -1,0 +1,249 @@
+"""Several processes: two gloo processes against one that evaluates both halves of each batch and averages."""
+
+import functools
+import itertools
+import os
+import signal
+
+import pytest
+import torch
+from conftest import assert_same, flags, fork, free_port, read_log, wait
+from torch.distributed import run as torchrun
+from torch.distributed.launcher.api import elastic_launch
+
+import data
+import losses
+import meta
+import options
+import train
+from methods import METHODS
+from support.processes import Processes
+from support.run import Run, fingerprint
+
+PAIR, MIXED = ["--arch", "small"], ["--arch", "small", "small_12", "small"]
+BANK = ["--contrast", "bank", "--negatives", "12"]
+CASES = [*(["--method", name, *PAIR] for name in METHODS), ["--method", "lmcl", *MIXED],
+         ["--method", "lmcl", *PAIR, *BANK], ["--method", "mcl", *MIXED, *BANK, "--logit-kd"]]
+
+
+# ---------------------------------------------------------------- the same numbers as one process
+
+def setting(flags, images, processes):
+    """A method in float64 with its run, and its data set."""
+    args = options.parse("", [*flags, "--image-size", "16", "--batch-size", "16", "--lr", "0.05"])
+    args.device, dataset = torch.device("cpu"), data.load("folder", images, 16)
+    method = train.build(args, dataset).double()
+    method.gather = processes.gather
+    if method.bank:
+        method.bank.half()
+    run = Run(args, None, method, method.optimizers(), metadata={}, steps_per_epoch=3, images_per_epoch=54,
+              processes=processes, signals=None)
+    run.start_epoch()
+    run.set_lr(0.05)
+    return args, dataset, method, run
+
+
+def batches(dataset, method, share):
+    """Five steps: images in float64, labels, the bank's rows."""
+    for step in range(5):
+        epoch, place = divmod(step, 3)
+        images, labels, index = next(dataset.train_batches(16, 0, epoch, place, share=share))
+        yield images.double(), labels, method.bank.sample(index, epoch, place) if method.bank else None
+
+
+SECOND = (1, 3)  # the steps after which there is a second one
+
+
+def by_processes(rank, flags, images, broken=None):
+    """Five steps and two second steps with the real thing; broken: the name of what is left out."""
+    processes = Processes()
+    processes.start(torch.device("cpu"))
+    args, dataset, method, run = setting(flags, images, processes)
+    processes.broadcast(method)
+    if broken == "gradients":
+        processes.average_in_place = lambda tensors: None
+    average = None if broken == "second step" else processes.average
+    for step, batch in enumerate(batches(dataset, method, processes.share)):
+        logged, outputs = train.train_step(args, method, run, *batch)
+        run.add(logged, len(batch[1]))
+        if method.second and step in SECOND:
+            method.second.step(run.optimizers[1], 0.05, average, *batch, outputs)
+    same = processes.all_equal(fingerprint(method))
+    optimizers = processes.all_equal(str([o.state_dict() for o in run.optimizers]))
+    processes.stop()
+    torch.save((same and optimizers, logged, method.state_dict(), run.images_seen), f"result{rank}.pt")
+
+
+@functools.cache
+def by_one(flags, images):
+    """The definition: loss and running statistics are the means of the halves', bank rows the halves' own."""
+    args, dataset, method, run = setting(flags, images, Processes({}))
+    halves = [batches(dataset, method, (rank, 2)) for rank in (0, 1)]
+    for step, pair in enumerate(zip(*halves, strict=True)):
+        before, after, shown, found = [b.clone() for b in method.statistics()], [], [], []
+        method.zero_grad()
+        for images, labels, rows in pair:
+            for buffer, value in zip(method.statistics(), before, strict=True):
+                buffer.copy_(value)
+            outputs = method(images)
+            terms = method.terms(outputs, labels, rows)
+            (sum(weight * value for weight, value in terms.values() if weight is not None) / 2).backward()
+            after.append([b.clone() for b in method.statistics()])
+            found.append(outputs)
+            shown.append({name: value.detach() * (weight or 1) for name, (weight, value) in terms.items()})
+        for buffer, *values in zip(method.statistics(), *after, strict=True):
+            buffer.copy_(sum(values) / 2)
+        run.optimizers[0].step()
+        for (_, _, rows), outputs in zip(pair, found, strict=True):
+            if method.bank:
+                method.bank.update(rows.index, outputs.embeddings)
+        if method.second and step in SECOND:
+            if args.method == "lmcl":
+                meta_step_by_one(args, method, run, pair)
+            else:
+                discriminator_step_by_one(method, run, [outputs.maps for outputs in found])
+    return {name: (shown[0][name] + shown[1][name]) / 2 for name in shown[0]}, method.state_dict()
+
+
+def meta_step_by_one(args, method, run, halves):
+    """The hypergradient of the halves' mean for the two halves' lambdas, handed on to phi."""
+    names, params = zip(*method.students.named_parameters(), strict=True)
+
+    def call(theta, images):
+        return torch.func.functional_call(method.students, dict(zip(names, theta, strict=True)), (images,))
+
+    def inner(theta):
+        total = 0
+        for (images, labels, rows), lam in zip(halves, held, strict=True):
+            terms = method.contrastive_terms(call(theta, images)[1], labels, lam, rows)
+            total += sum(weight * value for weight, value in terms.values()) / 2
+        return total
+
+    def outer(theta):
+        return sum(losses.cross_entropy(call(theta, images)[2], labels) for images, labels, _ in halves) / 2
+
+    with meta.batch_statistics(method.students):
+        with torch.no_grad():
+            features = [call(params, images)[0] for images, _, _ in halves]
+        weights = [method.matching_network(f) for f in features]
+        held = [w.detach().requires_grad_() for w in weights]
+        grads = meta.hypergradient(inner, outer, params, held, inner_steps=args.meta_steps, lr=0.05,
+                                   momentum=0.9, weight_decay=args.weight_decay)
+    run.optimizers[1].zero_grad()
+    torch.autograd.backward(weights, grads)
+    run.optimizers[1].step()
+
+
+def discriminator_step_by_one(method, run, halves):
+    run.optimizers[1].zero_grad()
+    for maps in halves:
+        own = [m.detach() for m in maps]
+        scores = (method.discriminators(m) for m in (own, own[1:] + own[:1]))
+        (losses.discriminator_loss(*scores) / 2).backward()
+    run.optimizers[1].step()
+
+
+def worst_difference(a, b):
+    pairs = ((a[k].double(), b[k].double()) for k in b if "num_batches_tracked" not in k)  # one counts twice
+    differences = [(x - y).abs().max() / (1 + y.abs().max()) for x, y in pairs]
+    return torch.stack(differences).max().item()  # NaN stays
+
+
+@pytest.mark.parametrize("flags", CASES, ids=lambda flags: "-".join(flags[1:]).replace("--", ""))
+def test_two_processes_equal_one(flags, images, tmp_path):
+    bank, statuses = "bank" in flags, wait(fork(2, lambda rank: by_processes(rank, flags, images), tmp_path))
+    assert statuses == [0, 0], (tmp_path / "output0.txt").read_text()
+    same, logged, state, seen = torch.load(tmp_path / "result0.pt")
+    expected_terms, expected = by_one(tuple(flags), images)
+    assert same  # model, optimizers, bank: bit for bit
+    assert seen == 5 * 16  # of both: a batch has 18, which do not divide in pairs
+    torch.testing.assert_close({k: logged[k] for k in expected_terms}, expected_terms, rtol=1e-10, atol=1e-12)
+    assert worst_difference(state, {k: v for k, v in expected.items() if not k.startswith("bank.")}) < 1e-11
+    assert not bank or worst_difference(state, expected) < 1e-3  # float16 rows may round apart
+
+
+@pytest.mark.parametrize("broken, method", [("gradients", "dml"), ("second step", "lmcl")])
+def test_an_average_left_out_is_seen(broken, method, images, tmp_path):
+    flags = ["--method", method, *PAIR]
+    assert wait(fork(2, lambda rank: by_processes(rank, flags, images, broken), tmp_path)) == [0, 0]
+    same, _, state, _ = torch.load(tmp_path / "result0.pt")
+    assert not same and worst_difference(state, by_one(tuple(flags), images)[1]) > 1e-4
+
+
+# ---------------------------------------------------------------- whole runs
+
+def program(images, out, *more):
+    """A run of 8 steps."""
+    return lambda rank: train.main(flags(images, out, 2, "--batch-size", "12", *more))
+
+
+def signalled(number, at, images, *more):
+    """program() in which process 1 sends itself a signal before step `at`."""
+    def stopped(rank):
+        true_step, steps = train.train_step, itertools.count(1)
+
+        def step(*inputs):
+            if next(steps) == at and rank == 1:
+                os.kill(os.getpid(), number)
+            return true_step(*inputs)
+
+        train.train_step = step
+        program(images, "out", *more)(rank)
+
+    return stopped
+
+
+def test_stopped_by_a_signal_to_one_process_and_resumed(images, tmp_path, capsys):
+    """Both end after the same step, save once, and go on to the end of the uninterrupted run."""
+    more = ["--meta-freq", "4", *BANK, "--stream", "--workers", "0"]
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    assert wait(fork(2, program(images, "out", *more), tmp_path / "whole")) == [0, 0]
+
+    parts = tmp_path / "parts"
+    stopped = fork(2, signalled(signal.SIGTERM, 5, images, *more), parts)
+    assert wait(stopped) == [1, 1]  # process 0 hears of it from 1
+    assert "after step 5; the same command with --resume goes on" in (parts / "output0.txt").read_text()
+    assert "error" not in (parts / "output1.txt").read_text()
+    with pytest.raises(SystemExit):
+        program(images, parts / "out", *more, "--resume")(0)
+    assert "last.pt was made by 2 processes, and this is 1: start as many" in capsys.readouterr().err
+    assert wait(fork(2, program(images, "out", *more, "--resume"), parts)) == [0, 0]
+    assert_same(parts / "out", tmp_path / "whole" / "out")
+    assert read_log(parts / "out")[0]["processes"] == 2
+
+
+def test_a_process_that_dies_takes_the_other_down(images, tmp_path):
+    more = ["--method", "dml", "--save-every", "0.00001"]
+    killed = fork(2, signalled(signal.SIGKILL, 3, images, *more), tmp_path)
+    assert wait(killed, limit=30) == [1, -signal.SIGKILL]
+    error = [line for line in (tmp_path / "output0.txt").read_text().splitlines() if "error" in line]
+    assert len(error) == 1 and "another process of this run has ended" in error[0] and "--resume" in error[0]
+    assert wait(fork(2, program(images, "out", *more, "--resume"), tmp_path)) == [0, 0]
+    assert "out/last.pt, 2 steps done" in (tmp_path / "output0.txt").read_text()
+
+
+def test_batches_that_do_not_divide_are_refused_in_one_line(images, tmp_path):
+    statuses = wait(fork(4, program(images, "out"), tmp_path))
+    assert statuses[0] == 1 and "--batch-size 12 must be a multiple of 8" in (tmp_path / "output0.txt").read_text()
+
+
+def test_torchrun_on_two_nodes(images, tmp_path):
+    """Two of torchrun's agents on this machine, one process each: the same run as on one node."""
+    more = ["--method", "dml"]
+    (tmp_path / "one").mkdir()
+    assert wait(fork(2, program(images, "out", *more), tmp_path / "one")) == [0, 0]
+    port = free_port()
+
+    def agent(rank):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+        args = torchrun.parse_args(["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1",
+                                    "--master-port", str(port), "--node-rank", str(rank), "train.py"])
+        config, _, _ = torchrun.config_from_args(args)
+        config.start_method = "fork"  # quicker than python train.py: torch is there
+        elastic_launch(config, program(images, "out", *more))(rank)
+
+    assert wait(fork(2, agent, tmp_path)) == [0, 0], (tmp_path / "output0.txt").read_text()
+    assert_same(tmp_path / "out", tmp_path / "one" / "out")
+    assert read_log(tmp_path / "out")[0]["processes"] == 2

@@ -1,0 +1,104 @@
+"""What each term of an `lmcl` checkpoint pulls at, and how alike its embeddings are.
+
+    python tools/gradients.py out/RUN/last.pt --batches 10
+
+Prints a Markdown table: the norm of each weighted term's gradient on the backbones, its share of
+that of the students' own cross-entropy, and its cosine with that. Then the mean cosine of two
+images' embeddings, stage by stage, the spread of lambda, and VCL and ICL without lambda beside
+chance, their value for equal embeddings. All are means over batches of epoch 0, in training mode.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import losses
+import meta
+import options
+import train
+from support.architectures import load_model_file
+from support.arguments import Parser, at_least_1
+from support.console import UserError, one_line_errors
+from support.files import load_checkpoint, load_into
+
+
+def main(argv=None):
+    parser = Parser("gradients.py", __doc__)
+    parser.add_argument("checkpoint", metavar="FILE", help="last.pt or best.pt of an lmcl run")
+    parser.add_argument("--batches", type=at_least_1, default=10, help="of the training set (10)")
+    given = parser.parse_args(argv)
+    given.device = torch.device("cpu")
+    with one_line_errors("gradients.py", given):
+        state = load_checkpoint(given.checkpoint)
+        args = argparse.Namespace(**{**vars(options.parse("", [])), **state["args"]})
+        if state["args"].get("method") != "lmcl" or len(args.arch) < 2:
+            raise UserError(f"{given.checkpoint} is no checkpoint of lmcl with two students or "
+                            "more")
+        args.device = given.device
+        if args.model_file:
+            load_model_file(args.model_file)
+        dataset = train.load_data(args)
+        method = train.build(args, dataset, resumed=True)
+        load_into(method, state["model"], given.checkpoint)
+        measure(args, dataset, method.train(), given.batches)
+
+
+def gradient(value, parameters):
+    """Of a term, one vector; zeros for parameters that it does not depend on."""
+    parts = torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)
+    return torch.cat([part.flatten() for part in parts])
+
+
+def measure(args, dataset, method, batches):
+    backbones = [p for student in method.cohort.students for p in student.backbone.parameters()]
+    sums, spreads, cosines, nats = {}, [], 0, 0
+    plan = dataset.train_batches(args.batch_size, args.seed, 0, pairs=args.batches == "pairs")
+    for images, labels, index in itertools.islice(plan, batches):
+        rows = method.bank.sample(index, 0, 0) if method.bank else None
+        with meta.batch_statistics(method):
+            outputs = method(images)
+            terms = method.terms(outputs, labels, rows)
+        z, logits = outputs.embeddings, outputs.logits  # [N, L, B, D], [N, L, B, C]
+        parts = {"ce, own heads": losses.cross_entropy(logits[:, -1:], labels),
+                 "ce, branches": losses.cross_entropy(logits[:, :-1], labels)}
+        parts |= {name: w * value for name, (w, value) in terms.items() if w and name != "ce"}
+        parts["the sum"] = sum(parts.values())
+        gradients = {name: gradient(value, backbones) for name, value in parts.items()}
+        own = gradients["ce, own heads"]
+        for name, g in gradients.items():
+            cosine = torch.nn.functional.cosine_similarity(g, own, 0)
+            row = torch.stack([g.norm(), g.norm() / own.norm(), cosine])
+            sums[name] = sums.get(name, 0) + row.detach()
+        B = len(labels)
+        cosines += ((z @ z.mT).sum((-1, -2)) - B).detach() / (B * (B - 1))  # [N, L], rows are unit
+        spreads.append(method.matching(outputs.features).detach())
+        N, L = z.shape[:2]
+        values = method.contrastive_terms(z, labels, None, rows)
+        plain = [values[name][1] / (2 * N * (N - 1) * L * L) for name in ("vcl", "icl")]
+        candidates = 1 + (~rows.same_class).sum(1) if rows else torch.tensor(B - 1.0)
+        nats += torch.stack([*plain, candidates.log().mean()]).detach()
+    print("| term | norm | share | cosine |\n|---|---|---|---|")
+    n = len(spreads)  # an epoch may have fewer
+    for name, values in sums.items():
+        norm, share, cosine = (values / n).tolist()
+        print(f"| {name} | {norm:.3g} | {share:.2f} | {cosine:.2f} |")
+    print()
+    matching = torch.cat(spreads, -1)  # [N, L, N, L, samples]
+    pairs = [matching[a, :, b] for a in range(N) for b in range(N) if a != b]
+    pairs = torch.stack(pairs)  # [N * (N - 1), L, L, samples]
+    for a, row in enumerate((cosines / n).tolist(), start=1):
+        stages = " ".join(f"{x:.3f}" for x in row)
+        print(f"student {a}: mean cosine of two images' embeddings, stage by stage: {stages}")
+    print(f"lambda: mean {pairs.mean():.3f}, standard deviation {pairs.mean(-1).std():.3f} over "
+          f"pairs of stages, {pairs.std(-1).mean():.3f} over samples")
+    vcl, icl, chance = (nats / n).tolist()
+    print(f"nats an anchor, lambda left out: VCL {vcl:.3f}, ICL {icl:.3f}, chance {chance:.3f}")
+
+
+if __name__ == "__main__":
+    main()
