@@ -134,6 +134,8 @@ def explain(unknown, method):
     """Why an option is not known: it belongs to other methods, or to none."""
     flag = unknown.split("=")[0]
     owners = " or ".join(known for known, found in METHODS.items() if flag in flags_of(found))
+    if flag in ("--evaluate", "--predict", "--checkpoint"):
+        return f"argument {flag}: predict.py does that, see python predict.py --help"
     if not owners:
         return f"unrecognized argument {unknown}"
     return f"argument {flag}: {method} has no such option, it goes with --method {owners}"

@@ -28,6 +28,8 @@ ENDINGS = {ending for ending, form in Image.registered_extensions().items()
            if form in Image.OPEN and form not in NO_IMAGES}
 # common in ImageNet, harmless
 warnings.filterwarnings("ignore", "(Possibly c|C)orrupt EXIF data", UserWarning)
+# --workers is the user's choice
+warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
 
 
 @contextlib.contextmanager

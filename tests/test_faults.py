@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from conftest import results
 
 ROOT = Path(__file__).parents[1]

@@ -136,4 +136,4 @@ def test_user_errors_end_in_one_line(fails, more, status, words):
 
 def test_train_itself_no_longer_predicts(fails):
     """predict.py does; a command of an earlier version is told so, not misread."""
-    fails(["--evaluate", "out/last.pt"], "unrecognized argument --evaluate", status=2)
+    fails(["--evaluate", "out/last.pt"], "--evaluate: predict.py does that", status=2)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import flags, read_log
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 import predict
 import train
+from conftest import flags, read_log
 from support import files
 
 ROOT = Path(train.__file__).parent

@@ -7,7 +7,6 @@ import signal
 
 import pytest
 import torch
-from conftest import assert_same, flags, fork, free_port, read_log, wait
 from torch.distributed import run as torchrun
 from torch.distributed.launcher.api import elastic_launch
 
@@ -16,7 +15,9 @@ import losses
 import meta
 import options
 import train
+from conftest import assert_same, flags, fork, free_port, read_log, wait
 from methods import METHODS
+from support import console
 from support.processes import Processes
 from support.run import Run, fingerprint
 
@@ -195,7 +196,7 @@ def signalled(number, at, images, *more):
 
 def test_stopped_by_a_signal_to_one_process_and_resumed(images, tmp_path, capsys):
     """Both end after the same step, save once, and go on to the end of the uninterrupted run."""
-    more = ["--meta-freq", "4", *BANK, "--stream", "--workers", "0"]
+    more = ["--meta-freq", "5", *BANK, "--stream", "--workers", "0"]
     for folder in ("whole", "parts"):
         (tmp_path / folder).mkdir()
     assert wait(fork(2, program(images, "out", *more), tmp_path / "whole")) == [0, 0]
@@ -224,8 +225,12 @@ def test_a_process_that_dies_takes_the_other_down(images, tmp_path):
 
 
 def test_batches_that_do_not_divide_are_refused_in_one_line(images, tmp_path):
-    statuses = wait(fork(4, program(images, "out"), tmp_path))
-    assert statuses[0] == 1 and "--batch-size 12 must be a multiple of 8" in (tmp_path / "output0.txt").read_text()
+    def at_once(rank):
+        console.time.sleep = lambda seconds: None  # others wait for torchrun, which ends them
+        program(images, "out")(rank)
+
+    assert wait(fork(4, at_once, tmp_path)) == [1] * 4
+    assert "--batch-size 12 must be a multiple of 8" in (tmp_path / "output0.txt").read_text()
 
 
 def test_torchrun_on_two_nodes(images, tmp_path):

@@ -24,9 +24,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from conftest import draw_images, results
-
 import train
+from conftest import draw_images, results
 from support.arguments import Parser, at_least_1
 from support.console import UserError
 from support.files import load_checkpoint
