@@ -368,6 +368,21 @@ def make_run(out, **more):
                images_per_epoch=6, processes=Processes({}), signals=SimpleNamespace(name=None))
 
 
+def test_best_pt_is_of_the_epoch_with_the_largest_score(tmp_path):
+    """The first of two equal ones; last.pt is of the last."""
+    run, weights = make_run(tmp_path, epochs=5), []
+    for epoch, score in zip(run.epochs(), [2.0, 5.0, 5.0, 3.0, 4.0], strict=True):
+        for _ in range(3):
+            run.add({"loss": torch.tensor(1.0)}, images=2)
+        run.model.weight.data.fill_(epoch)
+        with run.evaluating():
+            pass
+        run.end_epoch(run.epoch_line(), score)
+        weights.append(files.load_checkpoint(tmp_path / "best.pt")["model"]["weight"].item())
+    assert weights == [0, 1, 1, 1, 1] and (run.best, run.best_epoch) == (5.0, 2)
+    assert files.load_checkpoint(tmp_path / "last.pt")["model"]["weight"].item() == 4
+
+
 def test_a_term_of_any_shape_is_logged_as_nested_lists(tmp_path):
     run = make_run(tmp_path)
     run.start_epoch()

@@ -73,6 +73,15 @@ def test_options_of_the_data_are_handed_on(run, monkeypatch):
     assert given == dict(stream=True, augment="crop", validation_fraction=0.33, seed=7, workers=1)
 
 
+def test_dropout_is_a_function_of_seed_step_and_rank():
+    def draw(*key):
+        train.seed_dropout(*key)
+        return torch.rand(1).item()
+
+    keys = [(0, 5, 0), (0, 5, 1), (0, 6, 0), (1, 5, 0)]
+    assert len({draw(*key) for key in keys}) == 4 and draw(*keys[1]) == draw(*keys[1])
+
+
 def test_multistep_drops_at_milestones(run):
     log = run("--method", "independent", "--schedule", "multistep", "--milestones", 1, 3, epochs=4)
     assert [line["lr"] for line in log[1:]] == pytest.approx([0.1, 0.01, 0.01, 0.001])
