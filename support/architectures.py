@@ -5,10 +5,10 @@ modules' names, see `ExistingNetwork`. `python models.py` prints what those in A
 """
 
 import functools
-import importlib.machinery
-import importlib.util
 import re
 import traceback
+import types
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -338,10 +338,11 @@ def check_architecture(name, found):
 
 def load_model_file(path):
     """Run a Python file that adds to ARCHITECTURES. Raises UserError for anything wrong in it."""
-    loader = importlib.machinery.SourceFileLoader("model_file", str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-    try:
-        loader.exec_module(module)
+    module = types.ModuleType("model_file")
+    module.__file__ = str(path)
+    try:  # not by an importer: its cached bytecode would outlive an edit in the same second
+        code = compile(Path(path).read_bytes(), str(path), "exec")
+        exec(code, module.__dict__)
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f", line {frame.lineno}" for frame in frames if frame.filename == str(path)]

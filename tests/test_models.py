@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -220,6 +221,18 @@ ARCHITECTURES.update(own=TwoStages(), net=ExistingNetwork(Net, LAYOUT, width=12)
 """
 
 
+def test_a_model_file_that_was_edited_is_read_anew(tmp_path, monkeypatch):
+    """Also where the edit leaves size and time as they were, which bytecode in a cache is told by."""
+    monkeypatch.setitem(ARCHITECTURES, "edited", None)
+    for depth in (20, 32):
+        path = tmp_path / "edited.py"
+        path.write_text("from support.architectures import ARCHITECTURES, ResNet\n"
+                        f"ARCHITECTURES['edited'] = ResNet({depth})\n")
+        os.utime(path, (1e9, 1e9))
+        load_model_file(path)
+        assert ARCHITECTURES["edited"].blocks == (depth - 2) // 6
+
+
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """A function from text to what load_model_file makes of it."""
@@ -227,7 +240,7 @@ def own(tmp_path, monkeypatch):
 
     def load(text):
         (tmp_path / "own.py").write_text(text)
-        load_model_file(str(tmp_path / "own.py"))
+        load_model_file(tmp_path / "own.py")
 
     return load
 
