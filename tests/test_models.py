@@ -3,6 +3,7 @@
 import copy
 import itertools
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -224,6 +225,7 @@ ARCHITECTURES.update(own=TwoStages(), net=ExistingNetwork(Net, LAYOUT, width=12)
 def test_a_model_file_that_was_edited_is_read_anew(tmp_path, monkeypatch):
     """Also where the edit leaves size and time as they were, which bytecode in a cache is told by."""
     monkeypatch.setitem(ARCHITECTURES, "edited", None)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     for depth in (20, 32):
         path = tmp_path / "edited.py"
         path.write_text("from support.architectures import ARCHITECTURES, ResNet\n"
