@@ -75,9 +75,9 @@ def images(tmp_path_factory):
 
 
 def flags(images, out, epochs, *more):
-    """3 steps an epoch, lmcl's meta step at every second, `Small` students unless `more` has --arch."""
+    """3 steps an epoch, lmcl's meta step at every fourth, `Small` students unless `more` has --arch."""
     arch = [] if "--arch" in more else ["--arch", "small"]
-    meta = [] if "--method" in more and "lmcl" not in more else ["--meta-freq", "2"]
+    meta = [] if "--method" in more and "lmcl" not in more else ["--meta-freq", "4"]
     return ["--dataset", "folder", "--data-dir", str(images), "--image-size", "16", "--batch-size", "18",
             "--device", "cpu", "--epochs", str(epochs), "--out-dir", str(out), *arch, *meta, *map(str, more)]
 

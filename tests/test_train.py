@@ -52,7 +52,7 @@ def test_schedule_second_steps_and_batches(run, monkeypatch):
     monkeypatch.setattr(train, "train_step", train_step)
     monkeypatch.setattr(meta, "meta_step", meta_step)
     for name in METHODS:
-        log = run("--method", name, out=name)
+        log = run("--method", name, *(["--meta-freq", 2] if name == "lmcl" else []), out=name)
         assert [line["lr"] for line in log[1:]] == [0.05 * (1 + math.cos(math.pi * e / 2)) for e in range(2)]
         assert [line["step"] for line in log[1:]] == [3, 6]
     assert meta_at == [(2, 0.1, 2), (4, pytest.approx(0.05), 2), (6, pytest.approx(0.05), 2)]
@@ -327,7 +327,8 @@ def test_tensorboard(run, monkeypatch, capsys):
 # ---------------------------------------------------------------- stopping and going on
 
 def test_same_seed_same_result_other_seed_other_result(run):
-    a, _, c = (run(*more, out=out, epochs=1) for out, more in (("a", []), ("b", []), ("c", ["--seed", 1])))
+    cases = ("a", []), ("b", []), ("c", ["--seed", 1])
+    a, _, c = (run("--meta-freq", 3, *more, out=out, epochs=1) for out, more in cases)
     assert_same("a", "b")
     assert a[1]["loss"] != c[1]["loss"]
 
@@ -339,7 +340,7 @@ STREAMED = ["--stream", "--workers", "0", "--augment", "crop", "--batches", "uni
 @pytest.mark.parametrize("stops, more", [
     ([[3]], ["--meta-freq", "3"]),
     ([[1], [1], [5], [2]], ["--method", "afd"]),  # 1 again, 2 after 5: nothing left to do
-    ([[2]], []),
+    ([[2]], ["--meta-freq", "2"]),
     ([[1], [4]], ["--method", "mcl", "--contrast", "bank", "--negatives", "16"]),
     ([[1], [4, "--workers", 1]], STREAMED),
 ], ids=["between epochs", "inside epochs", "after a second step", "bank", "streamed"])
