@@ -190,7 +190,7 @@ def read_in_order(items, workers, pin_memory=False):
         if workers:
             error.with_traceback(None)  # its frames, DataLoader's, would keep the workers
         if "DataLoader worker (pid" not in str(error):
-            raise
+            raise error  # a bare raise brings them back on Python 3.10
         raise ImageError(f"a process that reads images has ended ({error}): "
                          "try fewer --workers") from error
     finally:
