@@ -430,11 +430,7 @@ def start(args, processes):
                   images_per_epoch=steps * args.batch_size, processes=processes, signals=signals)
         if run.is_main:
             report(args, source, train_set, test_set, model, run)
-        if found:
-            run.load(found)
-            found.clear()  # its tensors are not needed twice
-        run.say_where_it_starts()
-        run.write_log()
+        run.begin(found)
         with run.saving():
             train(args, train_set, test_set, model, run)
         run.say_end("mean of box and mask AP", f"--evaluate {out}/best.pt, or --predict IMAGE "

@@ -266,11 +266,7 @@ def start(args, out, found, dataset, method, loss_in_words, processes, signals):
               images_per_epoch=len(dataset.train_labels), processes=processes, signals=signals)
     if run.is_main:
         report(args, dataset, method, run, loss_in_words)
-    if found:
-        run.load(found)
-        found.clear()  # its tensors are not needed twice
-    run.say_where_it_starts()
-    run.write_log()
+    run.begin(found)
     with run.saving():
         train(args, dataset, method, run)
     if run.is_main:

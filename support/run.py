@@ -281,6 +281,14 @@ class Run:
         show_line(f"{epoch}  step {self.step}/{self.steps_per_epoch}  loss "
                   f"{self.means()['loss']:.3f}  {speed:.0f} images/s  {clock} left  {doing}")
 
+    def begin(self, found):
+        """Go on from a checkpoint's state if there is one (it is emptied), and write the log."""
+        if found:
+            self.load(found)
+            found.clear()  # its tensors are not needed twice
+        self.say_where_it_starts()
+        self.write_log()
+
     def say_where_it_starts(self):
         """--resume: from which step, or that there was nothing to go on from."""
         if not (self.is_main and self.args.resume):

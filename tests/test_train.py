@@ -106,9 +106,13 @@ def test_the_log_holds_means_over_the_epoch(run, monkeypatch):
     (3, ["--meta-freq", 1, "--arch", "resnet8", "wrn_10_1", "resnet8"]),
     (2, ["--method", "mcl", "--arch", "shufflenet_v2_x0_5"])], ids=[*METHODS, "three", "imagenet"])
 def test_cohorts_of_one_of_three_and_of_imagenet_students(run, students, more):
-    """A step, evaluation, and a meta step of the three."""
-    log = run(*more, "--max-steps", 1, epochs=1)
-    assert len(log[1]["test_top1"]) == students and math.isfinite(log[1]["loss"])
+    """A step, evaluation, and a meta step of the three. One student alone has no mutual contrast."""
+    line = run(*more, "--max-steps", 1, epochs=1)[1]
+    assert len(line["test_top1"]) == students and line["ce"] > 0
+    names = ("ce", "ce_agg", "kd", "vcl", "icl", "soft_vcl", "soft_icl", "adversarial")
+    assert line["loss"] == pytest.approx(sum(line.get(name, 0) for name in names), rel=1e-5)
+    mutual = [line[name] for name in ("icl", "soft_vcl", "soft_icl") if name in line]
+    assert all((value == 0) == (students == 1) for value in mutual)
 
 
 def test_evaluation_counts_top1_and_top5():
@@ -202,7 +206,11 @@ ARCHITECTURES["tiny"] = Tiny()
 
 @pytest.mark.parametrize("more", [[], ["--method", "afd"], ["--contrast", "bank", "--negatives", "16"]])
 def test_bfloat16(run, more):
-    assert math.isfinite(run("--amp", "bf16", *more, epochs=1)[1]["loss"])
+    """The first step is float32's up to rounding, and rounded."""
+    exact, rounded = (run(*flag, *more, "--max-steps", 1, out=out, epochs=1)[1]
+                      for flag, out in (([], "exact"), (["--amp", "bf16"], "rounded")))
+    for name in ("loss", "ce"):
+        assert rounded[name] == pytest.approx(exact[name], rel=0.02) and rounded[name] != exact[name]
 
 
 def test_deterministic_is_switched_on_before_anything_is_computed(run, monkeypatch):
@@ -344,11 +352,16 @@ STREAMED = ["--stream", "--workers", "0", "--augment", "crop", "--batches", "uni
     ([[1], [4]], ["--method", "mcl", "--contrast", "bank", "--negatives", "16"]),
     ([[1], [4, "--workers", 1]], STREAMED),
 ], ids=["between epochs", "inside epochs", "after a second step", "bank", "streamed"])
-def test_resumed_equals_uninterrupted(run, stops, more):
+def test_resumed_equals_uninterrupted(run, monkeypatch, stops, more):
+    """And no step is made twice: one that began afresh would end equal, too."""
+    step, made = train.train_step, []
+    monkeypatch.setattr(train, "train_step", lambda *inputs: made.append(1) or step(*inputs))
     run(*more, out="whole")
+    whole = len(made)
     for steps, *other in [*stops, [0]]:
         run(*more, *other, "--max-steps", steps, "--resume", out="parts")
     assert_same("parts", "whole")
+    assert len(made) == 2 * whole
 
 
 def test_killed_while_max_steps_end_the_run(run, monkeypatch):
