@@ -17,6 +17,8 @@ from typing import NamedTuple
 from support.arguments import WHERE, Parser
 from support.console import UserError, one_line_errors, say, warn
 
+GAINS = {"vcl_gain": "VCL gain, nats", "icl_gain": "ICL gain, nats"}
+
 
 class Run(NamedTuple):
     """options: all that can make a group, and max_steps. epochs: the log's lines, at least one."""
@@ -155,6 +157,9 @@ def row(runs):
     cells["mean"] = spread([mean(scores) for scores in last])
     if all("test_top5" in run.last for run in runs):
         cells["top-5 mean"] = spread([mean(run.last["test_top5"]) for run in runs])
+    for name, title in GAINS.items():
+        if all(name in run.last for run in runs):
+            cells[title] = spread([run.last[name] for run in runs])
     best = spread([max(run.curve().values()) for run in runs])
     cells["best epoch (chosen on)"] = f"{best} ({chosen_on})"
     cells["n (seeds)"] = f"{len(runs)} ({' '.join(str(run.seed) for run in runs)})"
@@ -177,7 +182,8 @@ def table(differing, groups):
     numbers = sorted({column for cells in rows for column in cells if isinstance(column, int)})
     arch = next(iter(groups.values()))[0].options.get("arch")
     named = "arch" not in differing and isinstance(arch, list) and len(arch) == len(numbers)
-    last = ["mean", "top-5 mean", "best epoch (chosen on)", "n (seeds)", "epochs done"]
+    gains = [title for title in GAINS.values() if any(title in cells for cells in rows)]
+    last = ["mean", "top-5 mean", *gains, "best epoch (chosen on)", "n (seeds)", "epochs done"]
     titles = {column: column for column in [*differing, *numbers, *last]}
     for a in numbers:
         titles[a] = f"student {a} {arch[a - 1]}" if named else f"student {a}"

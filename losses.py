@@ -241,7 +241,27 @@ def lmcl_sums(values, weights, valid):
                 icl=mean_over_anchors(total["icl"], valid), soft_icl=total["soft_icl"].mean())
 
 
-def mcl_loss(embeddings, labels, tau=0.1, T=3.0):
+@torch.no_grad()
+def contrast_gains(values, excluded, always, valid, students):
+    """How far VCL and ICL are below chance, in nats an anchor, lambda left out: 0 where all embeddings are equal.
+
+        vcl_gain = mean of  log M_i - nce(z_s, z_s)_i  over sets s and anchors i,
+        icl_gain = mean of  log M_i - nce(z_s, z_t)_i  over pairs (s, t) of two students and anchors i
+
+    M_i are the candidates of anchor i: the columns that `excluded` [B, M] leaves, and `always` more, (of VCL, of ICL).
+    values: of batch_pairs; valid [B]; students: N -> dict of vcl_gain and, where there are two students, icl_gain.
+    """
+    left = (~excluded).sum(-1, dtype=values["vcl"].dtype)  # [B]
+    chance = lambda more: (left + more).clamp(min=1).log()  # [B]
+    gains = dict(vcl_gain=mean_over_anchors(chance(always[0]) - values["vcl"].mean((0, 1)), valid))
+    if students > 1:
+        icl = values["icl"].unflatten(1, (students, -1)).unflatten(0, (students, -1)).mean((1, 3))  # [N, N, B]
+        between = (icl.sum((0, 1)) - icl.diagonal().sum(-1)) / (students * (students - 1))  # [B], over a != b
+        gains["icl_gain"] = mean_over_anchors(chance(always[1]) - between, valid)
+    return gains
+
+
+def mcl_loss(embeddings, labels, tau=0.1, T=3.0, gains=False):
     """MCL (AAAI 2022): one embedding per student, no layer matching. Unweighted terms:
 
         vcl = sum_a VCL_a,   icl = sum_{a != b} ICL_{a,b},
@@ -249,57 +269,73 @@ def mcl_loss(embeddings, labels, tau=0.1, T=3.0):
 
     over ordered pairs, each once, mean over the batch.
 
-    embeddings [N, B, D] unit rows, labels [B] int64 -> dict of four scalars.
+    embeddings [N, B, D] unit rows, labels [B] int64 -> dict of four scalars; with gains, those of contrast_gains, too.
     Raises ValueError for other shapes and dtypes, and on the CPU for other lengths. Source: arXiv 2104.12565.
     """
     _check("mcl_loss", embeddings=(embeddings, "N B D"), labels=(labels, "B"))
-    positive, excluded = batch_masks(labels)
-    return mcl_sums(batch_pairs(embeddings, positive, excluded, tau, T), positive.any(-1))
+    values, *found = _in_batch(embeddings, labels, tau, T)
+    terms = mcl_sums(values, found[-1])
+    return terms | contrast_gains(values, *found, len(embeddings)) if gains else terms
 
 
-def mcl_bank_loss(embeddings, own, positive, negatives, same_class, tau=0.07, T=3.0):
+def mcl_bank_loss(embeddings, own, positive, negatives, same_class, tau=0.07, T=3.0, gains=False):
     """mcl_loss against a memory bank's rows instead of the batch. Gradient goes into the embeddings alone.
 
     embeddings [N, B, D] unit rows. From the bank, in float16 or wider: own [N, B, D], the rows of the batch's images;
     positive [N, B, D], rows of other images of the same classes; negatives [N, K, D]. same_class [B, K] bool: true
-    where negative k is left out for anchor i. -> dict of four scalars.
+    where negative k is left out for anchor i. -> dict as from mcl_loss.
     Raises ValueError as mcl_loss. Source: arXiv 2207.11518.
     """
     _check("mcl_bank_loss", embeddings=(embeddings, "N B D"), own=(own, "N B D"), positive=(positive, "N B D"),
            negatives=(negatives, "N K D"), same_class=(same_class, "B K"))
-    valid = embeddings.new_ones(embeddings.shape[-2], dtype=torch.bool)  # [B], every anchor has a positive
-    return mcl_sums(bank_pairs(embeddings, own, positive, negatives, same_class, tau, T), valid)
+    values, *found = _against_bank(embeddings, own, positive, negatives, same_class, tau, T)
+    terms = mcl_sums(values, found[-1])
+    return terms | contrast_gains(values, *found, len(embeddings)) if gains else terms
 
 
-def lmcl_loss(embeddings, labels, weights=None, tau=0.1, T=3.0):
+def lmcl_loss(embeddings, labels, weights=None, tau=0.1, T=3.0, gains=False):
     """L-MCL (TPAMI 2023): every stage of each student with every stage of each other. Unweighted terms:
 
         sum over ordered pairs a != b and stages l, m of  mean_i lambda^{l,m}_{a,b}(x_i) * term_i,
         term = VCL_a^l + VCL_b^m,  ICL both ways,  Soft VCL both ways,  Soft ICL both ways.
 
     embeddings [N, L, B, D] unit rows, labels [B] int64, weights [N, L, N, L, B], symmetric (not checked: the host
-    would wait), the a = b blocks unused, None for ones -> dict of four scalars. Gradient goes into the embeddings
-    and, if they require it, into the weights.
+    would wait), the a = b blocks unused, None for ones -> dict of four scalars; with gains, those of contrast_gains,
+    too. Gradient goes into the embeddings and, if they require it, into the weights.
     Raises ValueError for other shapes and dtypes, and on the CPU for other lengths. Source: arXiv 2207.11518.
     """
     _check("lmcl_loss", embeddings=(embeddings, "N L B D"), labels=(labels, "B"), weights=(weights, "N L N L B"))
     weights = _ones(embeddings) if weights is None else weights
-    positive, excluded = batch_masks(labels)
-    return lmcl_sums(batch_pairs(embeddings.flatten(0, 1), positive, excluded, tau, T), weights, positive.any(-1))
+    values, *found = _in_batch(embeddings.flatten(0, 1), labels, tau, T)
+    terms = lmcl_sums(values, weights, found[-1])
+    return terms | contrast_gains(values, *found, len(embeddings)) if gains else terms
 
 
-def lmcl_bank_loss(embeddings, own, positive, negatives, same_class, weights=None, tau=0.07, T=3.0):
+def lmcl_bank_loss(embeddings, own, positive, negatives, same_class, weights=None, tau=0.07, T=3.0, gains=False):
     """lmcl_loss against a memory bank per student and stage. Gradient goes into the embeddings and weights alone.
 
     embeddings, own, positive [N, L, B, D], negatives [N, L, K, D], same_class [B, K] as in mcl_bank_loss, weights as in
-    lmcl_loss -> dict of four scalars. Raises ValueError as lmcl_loss. Source: arXiv 2207.11518.
+    lmcl_loss -> dict as from lmcl_loss. Raises ValueError as lmcl_loss. Source: arXiv 2207.11518.
     """
     _check("lmcl_bank_loss", embeddings=(embeddings, "N L B D"), own=(own, "N L B D"), positive=(positive, "N L B D"),
            negatives=(negatives, "N L K D"), same_class=(same_class, "B K"), weights=(weights, "N L N L B"))
     weights = _ones(embeddings) if weights is None else weights
-    valid = embeddings.new_ones(embeddings.shape[-2], dtype=torch.bool)  # [B], every anchor has a positive
     sets = (t.flatten(0, 1) for t in (embeddings, own, positive, negatives))  # [S, ., D]
-    return lmcl_sums(bank_pairs(*sets, same_class, tau, T), weights, valid)
+    values, *found = _against_bank(*sets, same_class, tau, T)
+    terms = lmcl_sums(values, weights, found[-1])
+    return terms | contrast_gains(values, *found, len(embeddings)) if gains else terms
+
+
+def _in_batch(z, labels, tau, T):
+    """batch_pairs of z [S, B, D], and contrast_gains' `excluded`, `always`, `valid`."""
+    positive, excluded = batch_masks(labels)
+    return batch_pairs(z, positive, excluded, tau, T), excluded, (0, 0), positive.any(-1)
+
+
+def _against_bank(z, own, positive, negatives, same_class, tau, T):
+    """As _in_batch, with bank_pairs: every anchor has a positive."""
+    valid = same_class.new_ones(len(same_class))  # [B]
+    return bank_pairs(z, own, positive, negatives, same_class, tau, T), same_class, (1, 2), valid
 
 
 def _ones(embeddings):

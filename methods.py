@@ -41,6 +41,7 @@ class SecondStep(NamedTuple):
     name   for the progress line
     every  after each so-many-th step
     network, optimizer(parameters, **sgd)  what is trained, and how
+    first  the first epoch that has them
     step(optimizer, lr, average, images, labels, rows, outputs)
            lr: the present rate; average: mean over processes of a flat vector, or None for one
            process; images, labels, rows: the batch; outputs: of the ordinary step on it, detached
@@ -51,6 +52,11 @@ class SecondStep(NamedTuple):
     network: nn.Module
     step: callable
     optimizer: callable = torch.optim.SGD
+    first: int = 0
+
+    def is_due(self, epoch, step):
+        """Whether it is made in this epoch, counted from 0, after so many steps in all."""
+        return epoch >= self.first and step % self.every == 0
 
 
 class Method(nn.Module):
@@ -76,6 +82,7 @@ class Method(nn.Module):
         self.students = models.EmbeddedCohort(cohort) if self.embeddings else cohort
         self.bank = None
         self.second = None  # a SecondStep, or nothing
+        self.phase = None  # a CUDA graph is captured for each value
 
     @property
     def cohort(self):
@@ -88,6 +95,9 @@ class Method(nn.Module):
             return Outputs(features, logits, embeddings)
         return Outputs(*self.students(images))
 
+    def start_epoch(self, epoch):
+        """Before each epoch, a resumed one too. A number that a step reads must be a tensor, changed in place."""
+
     def terms(self, outputs, labels, rows):
         """One batch's loss, the sum of weight * value in {name: (weight, value)}.
 
@@ -99,10 +109,17 @@ class Method(nn.Module):
     def after_step(self, outputs, rows):
         """After the SGD step; may be captured in a CUDA graph."""
 
+    def schedule(self):
+        """What changes from epoch to epoch, in words, for the report at the start; or nothing."""
+
+    def warning(self, line):
+        """What is wrong with an epoch and what to try, for the user, or nothing. line: the log's."""
+
     def statistics(self):
-        """The floating buffers that several processes average; not the bank's rows, which are equal."""
+        """The floating buffers that several processes average; not what is equal in all of them."""
+        equal = ("bank.", "soft_share")
         named = self.named_buffers()
-        return [b for name, b in named if b.is_floating_point() and not name.startswith("bank.")]
+        return [b for name, b in named if b.is_floating_point() and not name.startswith(equal)]
 
     def optimizers(self):
         """[SGD of the recipe for what `terms` trains], and the second step's if there is one."""
@@ -160,28 +177,75 @@ class MCL(Method):
             self.bank = models.MemoryBank(
                 train_labels, len(args.arch), self.cohort.stages, negatives=args.negatives,
                 momentum=args.bank_momentum, seed=args.seed)
+        self.phase = "contrast"  # or "before it"
+        self.soft_share = 1  # of gamma and lam
+        if args.soft_ramp:
+            del self.soft_share
+            self.register_buffer("soft_share", torch.ones(()), persistent=False)
+
+    def start_epoch(self, epoch):
+        """Contrast begins in epoch --contrast-start, its soft losses grow over --soft-ramp epochs.
+
+        They are zero where all embeddings are equal: at full weight from the first step on, with a
+        bank, they make them so before contrast has told any apart.
+        """
+        done = epoch - self.args.contrast_start + 1
+        self.phase = "contrast" if done > 0 else "before it"
+        if self.args.soft_ramp:
+            self.soft_share.fill_(min(1, max(0, done) / self.args.soft_ramp))
+
+    def schedule(self):
+        start, ramp = self.args.contrast_start, self.args.soft_ramp
+        words = []
+        if start:
+            words.append(f"contrast from epoch {start + 1} on")
+        if ramp:
+            words.append(f"its soft losses grow to full weight in {ramp:g} epochs")
+        if start >= self.args.epochs:
+            words.append("never in this run: lower --contrast-start")
+        return ", ".join(words)
+
+    def warning(self, line):
+        """Contrast that teaches nothing, from its second epoch on."""
+        args = self.args
+        if line["epoch"] < args.contrast_start + 2 or line.get("vcl_gain", 1) >= 0.01:
+            return None
+        if not args.weight_vcl + args.weight_icl:  # nobody wants it to
+            return None
+        return (f"contrast teaches nothing yet: VCL is {line['vcl_gain']:.3f} nats below chance; try a longer "
+                "--soft-ramp, a larger --weight-vcl and --weight-icl, or more epochs (docs/RUNNING.md)")
 
     def weighted(self, values):
-        """alpha VCL + beta ICL + gamma Soft VCL + lam Soft ICL, as terms."""
+        """alpha VCL + beta ICL + gamma Soft VCL + lam Soft ICL, as terms; the gains are logged only."""
         weights = dict(vcl=self.args.weight_vcl, icl=self.args.weight_icl,
-                       soft_vcl=self.args.weight_soft_vcl, soft_icl=self.args.weight_soft_icl)
-        return {name: (weights[name], value) for name, value in values.items()}
+                       soft_vcl=self.soft_share * self.args.weight_soft_vcl,
+                       soft_icl=self.soft_share * self.args.weight_soft_icl)
+        return {name: (weights.get(name), value) for name, value in values.items()}
 
     def terms(self, outputs, labels, rows):
         """sum_a CE(logits_a, y) + the four losses; --logit-kd: + sum_a KL_T(logits_a <- mean of all)."""
         logits, args = outputs.logits, self.args
         terms = {"ce": (1, losses.cross_entropy(logits, labels))}
-        z = outputs.embeddings[:, -1]  # [N, B, D]
-        if rows:
-            last = rows.last_stage()
-            values = losses.mcl_bank_loss(
-                z, last.own, last.positive, last.negatives, last.same_class, args.tau, args.T)
-        else:
-            values = losses.mcl_loss(z, labels, args.tau, args.T)
-        terms |= self.weighted(values)
+        if self.phase == "contrast":
+            terms |= self.contrastive_terms(outputs.embeddings, labels, None, rows, gains=True)
         if args.logit_kd:
             terms["kd"] = (1, losses.ensemble_distillation(logits[:, -1], args.T))
         return terms | self.monitored(outputs, labels, rows)
+
+    def contrastive_terms(self, embeddings, labels, matching, rows, gains=False):
+        """The four losses as terms, of the last stage's embeddings, in the batch or against the bank's rows.
+
+        embeddings [N, L, B, D], labels [B], rows: BankRows or None; gains: with those of
+        losses.contrast_gains. matching: not used here, see LMCL.
+        """
+        z, args = embeddings[:, -1], self.args  # [N, B, D]
+        if rows:
+            last = rows.last_stage()
+            values = losses.mcl_bank_loss(
+                z, last.own, last.positive, last.negatives, last.same_class, args.tau, args.T, gains)
+        else:
+            values = losses.mcl_loss(z, labels, args.tau, args.T, gains)
+        return self.weighted(values)
 
     def monitored(self, outputs, labels, rows):
         """What is logged and not in the loss: the mutual information's bound, where it is defined."""
@@ -217,6 +281,12 @@ def add_contrast(group):
                        help="bank: rows drawn for each batch (8192)")
     group.add_argument("--bank-momentum", type=arguments.fraction, default=0.5, metavar="M",
                        help="bank: share of the old row (0.5)")
+    group.add_argument("--contrast-start", type=arguments.at_least_0, metavar="EPOCH",
+                       help="the first epoch, counted from 0, with the four losses and meta steps (0; bank: 1, "
+                       "its rows are written before)")
+    group.add_argument("--soft-ramp", type=arguments.not_negative, metavar="EPOCHS",
+                       help="gamma and lam grow to their values in so many epochs; 0: at once (0; bank: a tenth "
+                       "of --epochs)")
 
 
 class LMCL(MCL):
@@ -243,8 +313,8 @@ class LMCL(MCL):
         if args.matching == "learned":
             self.matching_network = meta.MatchingNetwork(widths, stages)
             if len(args.arch) > 1:
-                self.second = SecondStep(
-                    "meta step", args.meta_freq, self.matching_network, self.meta_step)
+                self.second = SecondStep("meta step", args.meta_freq, self.matching_network, self.meta_step,
+                                         first=args.contrast_start)
 
     def terms(self, outputs, labels, rows):
         """sum_{a,l} CE(logits_a^l, y) + sum_a CE(agg_a, y) + sum_{a,b} KL_T(logits_a^L <- agg_b) + L-MCL."""
@@ -256,24 +326,21 @@ class LMCL(MCL):
         terms["kd"] = (1, losses.distillation(own, aggregated, self.args.T).sum())  # a = b too
         with torch.no_grad():  # lambda is a constant in the ordinary step
             matching = self.matching(features)  # [N, L, N, L, B]
-        terms |= self.contrastive_terms(outputs.embeddings, labels, matching, rows)
+        if self.phase == "contrast":
+            terms |= self.contrastive_terms(outputs.embeddings, labels, matching, rows, gains=True)
         terms |= self.monitored(outputs, labels, rows)
         if len(logits) > 1:
             terms["matching"] = (None, matching.mean(-1))  # [N, L, N, L]
         return terms
 
-    def contrastive_terms(self, embeddings, labels, matching, rows):
-        """The four losses as terms, in the batch or against the bank's rows.
-
-        embeddings [N, L, B, D], labels [B], matching: lambda [N, L, N, L, B], rows: BankRows or
-        None.
-        """
+    def contrastive_terms(self, embeddings, labels, matching, rows, gains=False):
+        """As MCL's, between all stages. matching: lambda [N, L, N, L, B]."""
         args = self.args
         if rows:
-            values = losses.lmcl_bank_loss(
-                embeddings, rows.own, rows.positive, rows.negatives, rows.same_class, matching, args.tau, args.T)
+            values = losses.lmcl_bank_loss(embeddings, rows.own, rows.positive, rows.negatives, rows.same_class,
+                                           matching, args.tau, args.T, gains)
         else:
-            values = losses.lmcl_loss(embeddings, labels, matching, args.tau, args.T)
+            values = losses.lmcl_loss(embeddings, labels, matching, args.tau, args.T, gains)
         return self.weighted(values)
 
     def matching(self, features):
@@ -368,7 +435,8 @@ def check_terms(method, terms):
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise UserError(f"{name}: {term!r} is no pair of weight and value: it must be {form}")
         weight, value = pair
-        if weight is not None and not isinstance(weight, (int, float)):
+        is_number = isinstance(weight, (int, float)) or (torch.is_tensor(weight) and weight.dim() == 0)
+        if weight is not None and not is_number:
             raise UserError(f"{name}: the weight of {term!r} is a {type(weight).__name__}: it must be {form}")
         if not torch.is_tensor(value) or (weight is not None and value.dim()):
             raise UserError(f"{name}: the value of {term!r} is no tensor with one number: it must be {form}")
@@ -384,6 +452,6 @@ def as_logged(loss, terms):
     logged, unweighted = {"loss": loss}, {}
     for name, (weight, value) in terms.items():
         logged[name] = value if weight is None else weight * value
-        if weight not in (1, None):
+        if weight is not None and (torch.is_tensor(weight) or weight != 1):  # a tensor's value is not asked for
             unweighted[f"unweighted_{name}"] = value
     return {name: value.detach() for name, value in {**logged, **unweighted}.items()}

@@ -289,8 +289,10 @@ class BankRows(NamedTuple):
 class MemoryBank(nn.Module):
     """A unit row for each training image, student and stage: the moving average of its embedding.
 
-    labels: int64 [n], of all training images. Rows start random. Negatives are a function of
-    (seed, epoch, step), partners of (seed, epoch), so that resuming needs the rows alone.
+    labels: int64 [n], of all training images. Rows start random; a row's first write replaces it
+    whole, since a row that is half random hardly teaches. Negatives are a function of
+    (seed, epoch, step), partners of (seed, epoch), so that resuming needs the rows alone, and which
+    of them are written.
     float16: rms error of a score 2.6e-4 at tau 0.07.
     """
 
@@ -305,6 +307,7 @@ class MemoryBank(nn.Module):
                 chunk.copy_(F.normalize(torch.randn(chunk.shape, generator=generator), dim=-1))
         # 3-D: .to(memory_format=channels_last) reorders what is 4-D
         self.register_buffer("stored", stored)
+        self.register_buffer("written", torch.zeros(len(labels), dtype=torch.bool))
         self.register_buffer("labels", labels.clone(), persistent=False)
         self.register_buffer("partner", torch.empty_like(labels), persistent=False)
         self.partner_epoch, labels = None, labels.cpu()
@@ -351,13 +354,16 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def update(self, index, z):
-        """rows[:, :, index] = unit(momentum * row + (1 - momentum) * z), in float32.
+        """rows[:, :, index] = unit(momentum * row + (1 - momentum) * z) in float32; z at the first write.
 
         index int64 [B], z [N, L, B, D].
         """
         old = self.stored.index_select(1, index).float()  # [N*L, B, D]
-        mixed = self.momentum * old + (1 - self.momentum) * z.flatten(0, 1).float()
-        self.stored.index_copy_(1, index, F.normalize(mixed, dim=-1).half())
+        z = z.flatten(0, 1).float()  # [N*L, B, D]
+        mixed = F.normalize(self.momentum * old + (1 - self.momentum) * z, dim=-1)
+        written = self.written.index_select(0, index)[:, None]  # [B, 1]
+        self.stored.index_copy_(1, index, torch.where(written, mixed, z).half())
+        self.written.index_fill_(0, index, True)
 
 
 # ---------------------------------------------------------------- what it costs

@@ -120,6 +120,7 @@ def parse(description, argv=None, program="train.py"):
         usual = argparse.Namespace(**{option: p.get_default(option) for option in vars(args)})
         usual.method, usual.dataset = args.method, args.dataset
         complete(usual)
+        vars(usual).update(beginning(args))
         shown = dict(dataset=args.dataset, method=args.method, arch=names, seed=args.seed)
         args.out_dir = arguments.default_name(args, usual, shown)
     for option, value in vars(args).items():
@@ -161,4 +162,16 @@ def complete(args):
     for option, value in RECIPES.get(args.dataset, RECIPES["others"]).items():
         if vars(args).get(option, value) is None:
             vars(args)[option] = value
+    for option, value in beginning(args).items():
+        if vars(args)[option] is None:
+            vars(args)[option] = value
     return args
+
+
+def beginning(args):
+    """When contrast begins and how fast its soft losses grow: a bank has to be filled first."""
+    if "contrast" not in args:
+        return {}
+    if args.contrast == "batch":
+        return dict(contrast_start=0, soft_ramp=0.0)
+    return dict(contrast_start=1, soft_ramp=args.epochs / 10)

@@ -160,6 +160,42 @@ def test_identical_features_give_log_of_the_number_of_others():
     assert r == pytest.approx(dict(vcl=hard, icl=hard, soft_vcl=0, soft_icl=0), rel=1e-12)
 
 
+def naive_gains(columns, sets):
+    """Mean over anchors with a positive of log(candidates) - nce, within sets and between those of two students."""
+    def gain(pairs):
+        scored = [columns(s, t, i) for s, t in pairs for i in range(6)]
+        found = [(naive_nce(*anchor), len(anchor[2])) for anchor in scored]
+        kept = [math.log(count) - value for value, count in found if value is not None]
+        return sum(kept) / len(kept)
+
+    between = [(s, t) for s, t in itertools.product(sets, sets) if s[0] != t[0]]
+    return dict(vcl_gain=gain([(s, s) for s in sets]), icl_gain=gain(between))
+
+
+def test_gains_equal_naive_loops():
+    """And leave the four losses as they are. One student has no icl_gain; equal embeddings gain nothing."""
+    y, w, same_class = torch.tensor([0, 0, 0, 1, 1, 2]), symmetric_weights(3, 2, 6), SAME_CLASS["some"]
+    z, rows, sets = unit(3, 2, 6, 5).requires_grad_(), bank(3, 2), list(itertools.product(range(3), range(2)))
+    last = [t[:, -1] for t in (z, *rows)]
+    for loss, arguments, columns, of in (
+            (losses.lmcl_loss, (z, y, w, 0.3), batch_columns(z, y, 0.3), sets),
+            (losses.lmcl_bank_loss, (z, *rows, same_class, w, 0.3), bank_columns(z, *rows, same_class, 0.3), sets),
+            (losses.mcl_loss, (last[0], y, 0.3), batch_columns(z, y, 0.3), sets[1::2]),
+            (losses.mcl_bank_loss, (*last, same_class, 0.3), bank_columns(z, *rows, same_class, 0.3), sets[1::2])):
+        plain, ours = loss(*arguments), loss(*arguments, gains=True)
+        gains = {name: ours.pop(name) for name in ("vcl_gain", "icl_gain")}
+        assert ours.keys() == plain.keys() and all(torch.equal(ours[k], plain[k]) for k in plain)
+        assert not any(gain.requires_grad for gain in gains.values())
+        expected = {name: value.item() for name, value in naive_gains(columns, of).items()}
+        assert {name: gain.item() for name, gain in gains.items()} == pytest.approx(expected, rel=1e-12)
+    assert losses.lmcl_loss(z[:1], y, w[:1, :, :1], gains=True).keys() == plain.keys() | {"vcl_gain"}
+    equal = torch.ones(2, 2, 6, 4, dtype=torch.float64) / 2
+    for found in (losses.lmcl_loss(equal, y, gains=True), losses.lmcl_bank_loss(
+            equal, equal, equal, equal[:, :, [0] * 10], same_class, gains=True)):
+        assert [found[k].item() for k in gains] == pytest.approx([0, 0], abs=1e-12)
+    assert losses.lmcl_loss(equal, torch.arange(6), gains=True)["vcl_gain"] == 0  # no positive
+
+
 def in_batch(z, w):
     return losses.lmcl_loss(z, torch.tensor([0, 0, 0, 1, 1, 2]), w, tau=0.5)
 

@@ -42,12 +42,13 @@ def train(args, dataset, method, run):
     ordinary_step, second_step = make_steps(args, dataset, method, run)
     for epoch in run.epochs():
         run.set_lr(learning_rate(args, epoch))
+        method.start_epoch(epoch)
         for images, labels, index in run.timed(train_batches(args, dataset, run)):
             rows = method.bank.sample(index, epoch, run.step) if method.bank else None
             seed_dropout(args.seed, run.total_steps, run.processes.rank)
             logged, outputs = ordinary_step(images, labels, rows)
             run.add(logged, len(labels))
-            if method.second and run.total_steps % method.second.every == 0:
+            if method.second and method.second.is_due(epoch, run.total_steps):
                 run.show_progress(method.second.name)
                 second_step(images, labels, rows, outputs)  # L-MCL: the meta step
             run.after_step()
@@ -67,12 +68,20 @@ def train_step(args, method, run, images, labels, rows):
     loss.backward()
 
     logged = as_logged(loss, terms)
-    trained = [p for group in run.optimizers[0].param_groups for p in group["params"]]
-    gradients = [p.grad for p in trained if p.grad is not None]
+    gradients = fill_gradients(run.optimizers[0])
     run.processes.average_in_place([*gradients, *method.statistics(), *logged.values()])
     run.optimizers[0].step()
     method.after_step(outputs, rows)
     return logged, tree_map(lambda x: x.detach() if torch.is_tensor(x) else x, outputs)
+
+
+def fill_gradients(optimizer):
+    """The gradients of its parameters, with zeros where a step gave none, alike in all processes."""
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    for p in trained:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    return [p.grad for p in trained]
 
 
 def make_steps(args, dataset, method, run):
@@ -91,7 +100,8 @@ def make_steps(args, dataset, method, run):
                         "leave it out")
     if hasattr(dataset, "take"):  # the augmentation of images in memory
         dataset.take = CUDAGraphs(dataset.take)
-    return CUDAGraphs(ordinary_step), CUDAGraphs(second_step)
+    phase = lambda: method.phase
+    return CUDAGraphs(ordinary_step, phase), CUDAGraphs(second_step, phase)
 
 
 def learning_rate(args, epoch):
@@ -148,6 +158,8 @@ def evaluate_epoch(args, dataset, method, run):
     line = run.epoch_line(**scores)
     if run.is_main:
         say_epoch(line, scores)
+        if warning := method.warning(line):
+            say(f"warning    {warning}")
         picture = None
         if "matching" in line:
             picture = matching_picture(line["matching"], args.arch, line["step"])
@@ -159,6 +171,7 @@ def evaluate_epoch(args, dataset, method, run):
 def say_epoch(line, scores):
     words = [f"epoch {line['epoch']:3d}  step {line['step']}  lr {line['lr']:.4f}"]
     words += [f"{name} {line[name]:.3f}" for name in ("loss", "ce") if name in line]
+    words += [f"{name} {line[name]:.3f}" for name in ("vcl_gain", "icl_gain") if name in line]
     for name, top in scores.items():
         if name.endswith("top1"):
             words.append(f"{name.removesuffix('_top1')} top-1 {' '.join(f'{x:.2f}' for x in top)}")
@@ -216,6 +229,8 @@ def report(args, dataset, method, run, loss_in_words):
     several = f"{run.processes.size} x " if run.processes.size > 1 else ""
     say(f"device     {several}{device_name(args.device)}, torch {torch.__version__}")
     say(f"loss       {args.method}: {loss_in_words}")
+    if schedule := method.schedule():
+        say(f"           {schedule}")
     total = args.epochs * run.steps_per_epoch
     end = f", ending at {args.max_steps:,}" if args.max_steps else ""
     drops = f", drops at {args.milestones}" if args.schedule == "multistep" else ""
@@ -223,8 +238,9 @@ def report(args, dataset, method, run, loss_in_words):
         f"{end}; {args.schedule} schedule{drops}")
     if len(students) == 1 and method.mutual:
         say(f"warning    one student has no peers: what {args.method} adds to cross-entropy is 0, or its own")
-    if method.second and method.second.every > min(total, args.max_steps or total):
-        say(f"warning    fewer steps than {method.second.every}: no {method.second.name} will be made")
+    second, end = method.second, min(total, args.max_steps or total)
+    if second and max(second.every, second.first * run.steps_per_epoch + 1) > end:
+        say(f"warning    too few steps: no {second.name} will be made")
     say(f"output     {run.out}")
 
 

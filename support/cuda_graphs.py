@@ -16,9 +16,9 @@ def check_graphs(args, processes):
 
 
 class CUDAGraphs:
-    """A function of tensors, or of tuples and lists of them, captured for each batch size.
+    """A function of tensors, or of tuples and lists of them, captured for each batch size and each phase().
 
-    The first three calls of each batch size run eagerly: libraries choose algorithms, optimizers
+    The first three calls of each run eagerly: libraries choose algorithms, optimizers
     make their buffers. The fourth is captured; it and all later ones replay the same kernels on the
     same memory. So what changes from call to call is an input, or a tensor changed in place, as
     Run.lr is. Memory made outside must not be freed while graphs use it. Outputs are good until the
@@ -27,24 +27,24 @@ class CUDAGraphs:
 
     WARM_UP = 3
 
-    def __init__(self, function):
-        self.function, self.calls, self.graphs = function, {}, {}
+    def __init__(self, function, phase=lambda: None):
+        self.function, self.phase, self.calls, self.graphs = function, phase, {}, {}
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def __call__(self, *inputs):
         tensors, form = tree_flatten(inputs)  # None, where there is no bank, is among them
-        size = len(tensors[0])
-        self.calls[size] = self.calls.get(size, 0) + 1
-        if self.calls[size] <= self.WARM_UP:  # on the capturing stream, which autograd stays on
+        kind = len(tensors[0]), self.phase()
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+        if self.calls[kind] <= self.WARM_UP:  # on the capturing stream, which autograd stays on
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 outputs = self.function(*inputs)
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
-        if size not in self.graphs:
+        if kind not in self.graphs:
             own = [x.clone() if torch.is_tensor(x) else x for x in tensors]
-            self.graphs[size] = (own, *self._capture(tree_unflatten(own, form)))
-        own, graph, outputs = self.graphs[size]
+            self.graphs[kind] = (own, *self._capture(tree_unflatten(own, form)))
+        own, graph, outputs = self.graphs[kind]
         for captured, given in zip(own, tensors, strict=True):
             if torch.is_tensor(given):
                 captured.copy_(given)

@@ -44,16 +44,18 @@ def run(capsys, *argv):
 
 
 def test_seeds_are_pooled_and_options_that_differ_make_groups(tmp_path, capsys):
-    a = write_log(tmp_path / "a", epoch(1, 60, 62), epoch(2, 40, 50, test_top5=[90, 80]), seed=1)
-    b = write_log(tmp_path / "b", epoch(1, 10, 20), epoch(2, 43, 54, test_top5=[91, 83]), seed=2,
-                  data_dir="y")
+    last = epoch(2, 40, 50, test_top5=[90, 80], vcl_gain=1.25, icl_gain=0.5)
+    a = write_log(tmp_path / "a", epoch(1, 60, 62), last, seed=1)
+    last = epoch(2, 43, 54, test_top5=[91, 83], vcl_gain=1.75, icl_gain=0.5)
+    b = write_log(tmp_path / "b", epoch(1, 10, 20), last, seed=2, data_dir="y")
     c = write_log(tmp_path / "c", epoch(1, 1, 1), epoch(2, 30, 31), method="mcl", tau=0.2)
     d = write_log(tmp_path / "d", epoch(1, 1, 1), epoch(2, 32, 33), method="mcl", tau=0.1)
     status, rows, errors = run(capsys, a, b / "log.jsonl", c, d, tmp_path / "a" / ".." / "b")  # b twice
     assert (status, errors) == (0, [])
     assert rows[0] == {"method": "lmcl", "tau": "-", "student 1 resnet8": "41.50 +- 2.12",  # 3/sqrt(2)
                        "student 2 resnet20": "52.00 +- 2.83", "mean": "46.75 +- 2.47",
-                       "top-5 mean": "86.00 +- 1.41",
+                       "top-5 mean": "86.00 +- 1.41", "VCL gain, nats": "1.50 +- 0.35",
+                       "ICL gain, nats": "0.50 +- 0.00",
                        "best epoch (chosen on)": "54.75 +- 8.84 (test)", "n (seeds)": "2 (1 2)",
                        "epochs done": "2 of 2"}
     assert [(row["tau"], row["mean"], row["top-5 mean"], row["n (seeds)"]) for row in rows[1:]] == [

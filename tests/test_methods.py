@@ -84,7 +84,7 @@ def test_lmcl_is_the_sum_of_its_formula(matching):
     aggregated = method.aggregator(features, logits)
     name, value = list(terms)[-1], terms["matching"]
     assert name == "matching" and value[0] is None and torch.equal(value[1], weights.mean(-1))
-    del terms["matching"]
+    del terms["matching"], terms["vcl_gain"], terms["icl_gain"]  # the gains: test_losses.py
     assert_terms(terms, {
         "ce": (1, cross_entropies(logits.flatten(0, 1))),
         "ce_agg": (1, cross_entropies(aggregated)),
@@ -103,10 +103,13 @@ def test_mcl_is_the_sum_of_its_formula():
         "ce": (1, cross_entropies(logits)),
         **with_weights(naive_mcl(batch_columns(z, y.tolist(), 0.25), 3, 6, 2.5)),
         "kd": (1, sum(kl(own, logits.mean(0), 2.5) for own in logits)), "mi_bound": (None, bound(z))}
+    gains = [terms.pop(name) for name in ("vcl_gain", "icl_gain")]
+    assert all(weight is None for weight, _ in gains)
     assert_terms(terms, expected)
     method, *_ = make("mcl", *SIX)
     del expected["kd"]
-    assert_terms(method.terms(method(x), y, None), expected)
+    terms = method.terms(method(x), y, None)
+    assert_terms({name: terms[name] for name in expected}, expected)
 
 
 @pytest.mark.parametrize("name", ["mcl", "lmcl"])
@@ -125,8 +128,9 @@ def test_contrast_against_the_bank(name):
         columns = bank_columns(z[:, 0], *(t[:, 0] for t in contrast), rows.same_class, 0.25)
         values = naive_mcl(columns, 3, 6, 2.5)
     assert_terms({k: terms[k] for k in WEIGHTS}, with_weights(values))
-    assert "mi_bound" not in terms
+    assert "mi_bound" not in terms and "vcl_gain" in terms
 
+    method.bank.written.fill_(True)
     method.after_step(outputs, rows)
     moved = (method.bank.rows != before).any(-1)  # [N, L, n]
     expected = torch.zeros(20, dtype=torch.bool).index_fill(0, INDEX, True)
@@ -217,6 +221,57 @@ def test_bfloat16(name, flags):
             method.second.step(method.optimizers()[1], 0.1, None, x, y, None, made)
             grads.append([g.clone() for g in gradients(method.second.network)])
         assert distance(*grads) < 0.05
+
+
+# ---------------------------------------------------------------- when contrast begins
+
+@pytest.mark.parametrize("name", ["mcl", "lmcl"])
+def test_contrast_begins_late_and_its_soft_losses_grow(name):
+    """Start 2, ramp 4: none of the four before epoch 2, then gamma and lam times 1/4, 2/4, 3/4, 1, 1."""
+    method, x, _ = make(name, *SIX, *BANK, "--contrast-start", "2", "--soft-ramp", "4", train_labels=TRAIN_LABELS)
+    y, rows = TRAIN_LABELS[INDEX], method.bank.sample(INDEX, 0, 0)
+    outputs, share = method(x), method.soft_share
+    full = method.terms(outputs, y, rows)
+    for epoch, expected in enumerate([0, 0, 0.25, 0.5, 0.75, 1, 1]):
+        method.start_epoch(epoch)
+        terms = method.terms(outputs, y, rows)
+        assert method.soft_share is share  # in place: a captured step reads it
+        if not expected:
+            assert full.keys() - terms.keys() == {*WEIGHTS, "vcl_gain", "icl_gain"}
+            assert all(torch.equal(terms[k][1], full[k][1]) for k in terms)
+            continue
+        for k, weight in WEIGHTS.items():
+            assert terms[k][0] == pytest.approx(weight * (expected if "soft" in k else 1), rel=1e-6)
+            assert torch.equal(terms[k][1], full[k][1])
+        inner = method.contrastive_terms(outputs.embeddings, y, torch.ones(3, 2, 3, 2, 6), rows)
+        assert {k: weight for k, (weight, _) in inner.items()} == {k: terms[k][0] for k in WEIGHTS}
+    if name == "lmcl":
+        due = [[method.second.is_due(epoch, step) for epoch in (0, 1, 2)] for step in (49, 50)]
+        assert due == [[False, False, False], [False, False, True]]
+    else:
+        assert method.second is None
+    words = method.schedule()
+    assert words == "contrast from epoch 3 on, its soft losses grow to full weight in 4 epochs"
+
+
+def test_published_contrast_is_at_full_weight_at_once():
+    """Plain numbers, as without these options; the defaults in the batch."""
+    method, *_ = make("lmcl", *SIX)
+    same, *_ = make("lmcl", *SIX, "--contrast-start", "0", "--soft-ramp", "0")
+    for m in (method, same):
+        m.start_epoch(0)
+        weights = {k: weight for k, (weight, _) in m.weighted(dict.fromkeys(WEIGHTS)).items()}
+        assert weights == WEIGHTS and all(type(w) is float for w in weights.values())
+        assert m.phase == "contrast" and not m.schedule() and m.second.first == 0
+
+
+def test_the_warning_that_contrast_teaches_nothing():
+    method, *_ = make("lmcl", *BANK, train_labels=TRAIN_LABELS)  # starts with epoch 1, the log's second
+    line = lambda epoch, gain: dict(epoch=epoch, vcl_gain=gain)
+    assert not any(method.warning(x) for x in (dict(epoch=1), line(2, 0.0), line(3, 0.011)))
+    assert "VCL is 0.009 nats below chance; try a longer --soft-ramp" in method.warning(line(3, 0.009))
+    silent, *_ = make("mcl", "--weight-vcl", "0", "--weight-icl", "0")
+    assert not silent.warning(line(9, 0.0)) and not make("independent")[0].warning(dict(epoch=9))
 
 
 # ---------------------------------------------------------------- what is trained after the SGD step
@@ -357,7 +412,7 @@ def test_operations_of_a_step():
     run = Run(args, None, method, method.optimizers(), metadata={}, steps_per_epoch=3, images_per_epoch=18,
               processes=Processes({}), signals=None)
     _, outputs = train.train_step(args, method, run, *batch)  # the first makes the momentum buffers
-    assert operations(lambda: train.train_step(args, method, run, *batch)) <= 690
+    assert operations(lambda: train.train_step(args, method, run, *batch)) <= 710
     assert operations(lambda: method.second.step(run.optimizers[1], 0.1, None, *batch, outputs)) <= 9200
 
 
@@ -445,7 +500,7 @@ ONE = torch.ones(())
     ({"ce": ONE}, "'ce' is no pair"), ({"ce": (1, ONE, ONE)}, "'ce' is no pair"),
     ({"ce": (1, ONE), "kd": (1, 0.5)}, "value of 'kd' is no tensor"),
     ({"ce": (1, torch.ones(1))}, "value of 'ce' is no tensor with one number"),
-    ({"ce": (None, 0.5)}, "value of 'ce' is no tensor"), ({"ce": (ONE, ONE)}, "weight of 'ce' is a Tensor"),
+    ({"ce": (None, 0.5)}, "value of 'ce' is no tensor"), ({"ce": (torch.ones(1), ONE)}, "weight of 'ce' is a Tensor"),
     ({"ce": (None, ONE), "kd": (None, ONE)}, "no weight but None"),
     ({"ce": (1, ONE), "step": (None, ONE)}, "another use for 'step'"),
     ({"loss": (1, ONE)}, "another use for 'loss'"), ({"my_top1": (1, ONE)}, "another use for 'my_top1'")])

@@ -356,13 +356,17 @@ def test_bank_update():
     bank = bank.to(memory_format=torch.channels_last)
     before, z = bank.rows.float(), torch.randn(2, 3, 2, 4, requires_grad=True)
     assert bank.rows.is_contiguous() and torch.allclose(before.norm(dim=-1), torch.ones(2, 3, 8), atol=1e-3)
+    bank.update(torch.tensor([5, 3]), z.flip(2))  # 5: first z1, whole, then z0 into the average
     bank.update(torch.tensor(index), z)
     for a, stage, i in itertools.product(range(2), range(3), range(8)):
-        row = before[a, stage, i]
-        if i in index:
-            row = F.normalize(0.3 * row + 0.7 * z[a, stage, index.index(i)].detach(), dim=-1)
+        z0, z1, row = *z[a, stage].detach(), before[a, stage, i]
+        if i == 5:
+            row = F.normalize(0.3 * z1.half().float() + 0.7 * z0, dim=-1)
+        elif i in (1, 3):
+            row = z1 if i == 1 else z0
         assert torch.equal(bank.rows[a, stage, i], row.half())
-    assert not bank.stored.requires_grad and list(bank.state_dict()) == ["stored"]
+    assert not bank.stored.requires_grad and list(bank.state_dict()) == ["stored", "written"]
+    assert bank.written.tolist() == [i in (1, 3, 5) for i in range(8)]
 
 
 def test_bank_sample():

@@ -21,12 +21,12 @@ def test_recipes():
         dataset="cifar100", arch=["resnet32"] * 2, method="lmcl", epochs=300, batch_size=128, lr=0.1,
         weight_decay=5e-4, schedule="cosine", momentum=0.9, tau=0.1, T=3.0, weight_vcl=0.1, weight_icl=0.1,
         weight_soft_vcl=1.0, weight_soft_icl=1.0, matching="learned", meta_freq=50, meta_steps=2,
-        contrast="batch", batches="pairs", image_size=32).items()
+        contrast="batch", batches="pairs", image_size=32, contrast_start=0, soft_ramp=0).items()
     ours = vars(parse("--dataset", "imagenet", "--arch", "resnet18", "--weight-icl", "0.5"))
     assert ours.items() >= dict(
         epochs=100, batch_size=256, weight_decay=1e-4, schedule="multistep", milestones=[30, 60, 90],
         tau=0.07, weight_vcl=0.01, weight_icl=0.5, meta_freq=500, contrast="bank", batches="uniform",
-        image_size=224, negatives=8192, bank_momentum=0.5).items()
+        image_size=224, negatives=8192, bank_momentum=0.5, contrast_start=1, soft_ramp=10).items()
 
 
 def test_batches_go_with_the_contrast():
@@ -48,12 +48,15 @@ def test_default_out_dirs_name_what_differs():
     assert where("--method", "dml") == "out/cifar100-dml-resnet32x2-0"
     assert where(*"--device cpu --data-dir x --max-steps 3 --save-every 1 --workers 7".split()) == where()
     assert where("--tensorboard") == where() != where("--deterministic")
+    bank = where("--contrast", "bank", "--epochs", "20")  # what follows from these two is not named
+    assert bank == "out/cifar100-lmcl-resnet32x2-0-batches-uniform-contrast-bank-epochs-20"
+    assert where("--soft-ramp", "2") == where() + "-soft-ramp-2.0"
 
 
 # ---------------------------------------------------------------- methods' own options
 
 CONTRAST = {"weight_vcl", "weight_icl", "weight_soft_vcl", "weight_soft_icl", "tau", "T", "contrast",
-            "negatives", "bank_momentum"}
+            "negatives", "bank_momentum", "contrast_start", "soft_ramp"}
 OWN = {"lmcl": CONTRAST | {"matching", "meta_freq", "meta_steps"}, "mcl": CONTRAST | {"logit_kd"},
        "afd": {"T", "weight_adversarial"}, "dml": set(), "deep-supervision": set(), "independent": set()}
 

@@ -24,7 +24,9 @@ from support.run import Run, fingerprint
 PAIR, MIXED = ["--arch", "small"], ["--arch", "small", "small_12", "small"]
 BANK = ["--contrast", "bank", "--negatives", "12"]
 CASES = [*(["--method", name, *PAIR] for name in METHODS), ["--method", "lmcl", *MIXED],
-         ["--method", "lmcl", *PAIR, *BANK], ["--method", "mcl", *MIXED, *BANK, "--logit-kd"]]
+         ["--method", "lmcl", *PAIR, *BANK, "--contrast-start", "0"],
+         ["--method", "lmcl", *PAIR, *BANK, "--soft-ramp", "3"],  # contrast from the second epoch on
+         ["--method", "mcl", *MIXED, *BANK, "--logit-kd"]]
 
 
 # ---------------------------------------------------------------- the same numbers as one process
@@ -48,6 +50,7 @@ def batches(dataset, method, share):
     """Five steps: images in float64, labels, the bank's rows."""
     for step in range(5):
         epoch, place = divmod(step, 3)
+        method.start_epoch(epoch)
         images, labels, index = next(dataset.train_batches(16, 0, epoch, place, share=share))
         yield images.double(), labels, method.bank.sample(index, epoch, place) if method.bank else None
 
@@ -66,8 +69,10 @@ def by_processes(rank, flags, images, broken=None):
     average = None if broken == "second step" else processes.average
     for step, batch in enumerate(batches(dataset, method, processes.share)):
         logged, outputs = train.train_step(args, method, run, *batch)
+        if step == 3:  # an epoch's sums have one form
+            run.sums = {}
         run.add(logged, len(batch[1]))
-        if method.second and step in SECOND:
+        if method.second and step in SECOND and step // 3 >= method.second.first:
             method.second.step(run.optimizers[1], 0.05, average, *batch, outputs)
     same = processes.all_equal(fingerprint(method))
     optimizers = processes.all_equal(str([o.state_dict() for o in run.optimizers]))
@@ -94,11 +99,12 @@ def by_one(flags, images):
             shown.append({name: value.detach() * (weight or 1) for name, (weight, value) in terms.items()})
         for buffer, *values in zip(method.statistics(), *after, strict=True):
             buffer.copy_(sum(values) / 2)
+        train.fill_gradients(run.optimizers[0])
         run.optimizers[0].step()
         for (_, _, rows), outputs in zip(pair, found, strict=True):
             if method.bank:
                 method.bank.update(rows.index, outputs.embeddings)
-        if method.second and step in SECOND:
+        if method.second and step in SECOND and step // 3 >= method.second.first:
             if args.method == "lmcl":
                 meta_step_by_one(args, method, run, pair)
             else:

@@ -213,6 +213,21 @@ def test_bfloat16(run, more):
         assert rounded[name] == pytest.approx(exact[name], rel=0.02) and rounded[name] != exact[name]
 
 
+def test_a_bank_teaches_once_it_is_filled(run, capsys):
+    """With the schedule contrast leaves chance in its first epoch; with the published weights at once it does
+    not, and the second epoch's line is followed by the warning."""
+    settings = ["--dataset", "synthetic", "--image-size", "8", "--batch-size", "64", "--method", "mcl", "--contrast",
+                "bank", "--negatives", "128", "--weight-vcl", "0.05", "--weight-icl", "0.05"]
+    taught = run(*settings, "--soft-ramp", "4", out="taught")
+    printed = capsys.readouterr().out
+    assert "vcl_gain" not in taught[1] and taught[2]["vcl_gain"] > 0.05
+    assert "contrast from epoch 2 on, its soft losses grow to full weight in 4 epochs" in printed
+    assert f"vcl_gain {taught[2]['vcl_gain']:.3f}  icl_gain" in printed and "teaches nothing" not in printed
+    published = run(*settings, "--contrast-start", "0", "--soft-ramp", "0", out="published")
+    printed = capsys.readouterr().out
+    assert published[2]["vcl_gain"] < 0 and printed.count("warning    contrast teaches nothing yet") == 1
+
+
 def test_deterministic_is_switched_on_before_anything_is_computed(run, monkeypatch):
     """On CUDA cuBLAS reads the environment when it starts. The run's result is the same on the CPU."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
@@ -319,7 +334,11 @@ def test_matching_is_a_half_if_uniform_and_none_for_one_student(run):
 
 def test_too_few_steps_for_a_meta_step_are_warned_of(run, capsys):
     run("--meta-freq", 7)
-    assert "fewer steps than 7: no meta step" in capsys.readouterr().out
+    assert "warning    too few steps: no meta step will be made" in capsys.readouterr().out
+    run("--meta-freq", 3, "--contrast-start", 2, out="late")
+    assert "no meta step will be made" in capsys.readouterr().out
+    run("--meta-freq", 3, "--contrast-start", 1, out="made")
+    assert "no meta step will be made" not in capsys.readouterr().out
 
 
 def test_tensorboard(run, monkeypatch, capsys):
@@ -652,9 +671,9 @@ def test_gradients_of_a_checkpoint(tool, run, capsys):
         row = next(line for line in printed.splitlines() if line.startswith(f"student {a + 1}: mean cosine"))
         assert row.endswith(f"stage by stage: {cosine[0]:.3f} {cosine[1]:.3f}")
     sets = [(u, v) for a in range(2) for u in z[a] for v in z[1 - a]]
-    nats = [sum(x.item() for x in values) / len(sets) for values in (
+    gains = [math.log(17) - sum(x.item() for x in values) / len(sets) for values in (
         [losses.vcl(u, labels) for u, _ in sets], [losses.icl(u, v, labels) for u, v in sets])]
-    assert f"VCL {nats[0]:.3f}, ICL {nats[1]:.3f}, chance {math.log(17):.3f}" in printed
+    assert f"below chance, nats an anchor, lambda left out: VCL {gains[0]:.3f}, ICL {gains[1]:.3f}" in printed
     assert Path("out/last.pt").read_bytes() == before
     run("--method", "mcl", out="mcl", epochs=1)
     with pytest.raises(SystemExit):

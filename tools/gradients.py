@@ -4,8 +4,8 @@
 
 Prints a Markdown table: the norm of each weighted term's gradient on the backbones, its share of
 that of the students' own cross-entropy, and its cosine with that. Then the mean cosine of two
-images' embeddings, stage by stage, the spread of lambda, and VCL and ICL without lambda beside
-chance, their value for equal embeddings. All are means over batches of epoch 0, in training mode.
+images' embeddings, stage by stage, the spread of lambda, and how far VCL and ICL are below chance.
+All are means over batches of epoch 0, in training mode, at the soft losses' full weight.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def gradient(value, parameters):
 
 def measure(args, dataset, method, batches):
     backbones = [p for student in method.cohort.students for p in student.backbone.parameters()]
-    sums, spreads, cosines, nats = {}, [], 0, 0
+    sums, spreads, cosines, gains = {}, [], 0, 0
     plan = dataset.train_batches(args.batch_size, args.seed, 0, pairs=args.batches == "pairs")
     for images, labels, index in itertools.islice(plan, batches):
         rows = method.bank.sample(index, 0, 0) if method.bank else None
@@ -77,11 +77,7 @@ def measure(args, dataset, method, batches):
         B = len(labels)
         cosines += ((z @ z.mT).sum((-1, -2)) - B).detach() / (B * (B - 1))  # [N, L], rows are unit
         spreads.append(method.matching(outputs.features).detach())
-        N, L = z.shape[:2]
-        values = method.contrastive_terms(z, labels, None, rows)
-        plain = [values[name][1] / (2 * N * (N - 1) * L * L) for name in ("vcl", "icl")]
-        candidates = 1 + (~rows.same_class).sum(1) if rows else torch.tensor(B - 1.0)
-        nats += torch.stack([*plain, candidates.log().mean()]).detach()
+        gains += torch.stack([terms["vcl_gain"][1], terms["icl_gain"][1]])
     print("| term | norm | share | cosine |\n|---|---|---|---|")
     n = len(spreads)  # an epoch may have fewer
     for name, values in sums.items():
@@ -89,6 +85,7 @@ def measure(args, dataset, method, batches):
         print(f"| {name} | {norm:.3g} | {share:.2f} | {cosine:.2f} |")
     print()
     matching = torch.cat(spreads, -1)  # [N, L, N, L, samples]
+    N = len(matching)
     pairs = [matching[a, :, b] for a in range(N) for b in range(N) if a != b]
     pairs = torch.stack(pairs)  # [N * (N - 1), L, L, samples]
     for a, row in enumerate((cosines / n).tolist(), start=1):
@@ -96,8 +93,8 @@ def measure(args, dataset, method, batches):
         print(f"student {a}: mean cosine of two images' embeddings, stage by stage: {stages}")
     print(f"lambda: mean {pairs.mean():.3f}, standard deviation {pairs.mean(-1).std():.3f} over "
           f"pairs of stages, {pairs.std(-1).mean():.3f} over samples")
-    vcl, icl, chance = (nats / n).tolist()
-    print(f"nats an anchor, lambda left out: VCL {vcl:.3f}, ICL {icl:.3f}, chance {chance:.3f}")
+    vcl, icl = (gains / n).tolist()
+    print(f"below chance, nats an anchor, lambda left out: VCL {vcl:.3f}, ICL {icl:.3f}")
 
 
 if __name__ == "__main__":
