@@ -217,7 +217,7 @@ def average_gradients(module, average):
 # ---------------------------------------------------------------- the meta step
 
 def meta_step(students, matching_network, optimizer, images, inner_loss, outer_loss, *, inner_steps,
-              lr, momentum, weight_decay, average=None):
+              lr, momentum, weight_decay, average=None, moving=False):
     """One step of the meta-network's optimizer along the exact hypergradient; nothing else keeps a trace.
 
     students(images) -> (features, embeddings, logits): the module whose parameters are theta;
@@ -227,10 +227,18 @@ def meta_step(students, matching_network, optimizer, images, inner_loss, outer_l
     meta-network's own. average: as in hypergradient; images and losses are then this process's
     own.
 
-    lambda is computed once, from the features at theta_0 taken as constants, and stays the same
-    for all virtual steps; phi acts through the values of lambda alone. So the recursion gives the
-    derivative for these values, and one backward pass takes it on to phi. Each process has its
-    own samples and so its own values: averages are taken of phi's gradient, never of lambda's.
+    lambda is held: it is computed once, from the features at theta_0 taken as constants, and stays
+    the same for all virtual steps, as it is constant in the ordinary step. g_k depends on phi by
+    one road only, the values of lambda. So the recursion gives the derivative for these values,
+    and one backward pass takes it on to phi. Each process has its own samples and so its own
+    values: averages are taken of phi's gradient, never of lambda's.
+
+    With moving=True, the published process, lambda = lambda(phi, features(theta_k)) in each
+    virtual step. g_k then contains what the students gain by changing lambda through their
+    features, and depends on phi by two roads, the values of lambda and their derivative for theta.
+    The recursion is the same, with phi's parameters as meta_params. In both, phi acts behind the
+    last normalisation layer, so the first step goes by forward mode.
+
     Batch normalisation uses the batch's statistics; dropout has the same masks in every pass.
     Source: arXiv 2207.11518.
     """
@@ -247,19 +255,29 @@ def meta_step(students, matching_network, optimizer, images, inner_loss, outer_l
                 generator.manual_seed(0)
         return functional_call(students, dict(zip(params, theta, strict=True)), (images,))
 
+    def hypergradient_for(meta_params, matching):
+        def inner(theta):
+            features, embeddings, _ = forward(theta)
+            return inner_loss(embeddings, matching(features))
+
+        return _local_hypergradient(
+            inner, lambda theta: outer_loss(forward(theta)[2]), list(params.values()), meta_params,
+            inner_steps, lr, momentum, weight_decay, forward_mode=True, average=average)
+
     same_dropout = torch.random.fork_rng(devices, enabled=not capturing)
     with batch_statistics(students), no_tf32(), same_dropout:
-        with torch.no_grad():
-            features, _, _ = forward(params.values())
-        matching = matching_network(features)  # [N, L, N, L, B], a function of phi
-        values = matching.detach().requires_grad_()  # [N, L, N, L, B], a leaf
-        d_values, = _local_hypergradient(
-            lambda theta: inner_loss(forward(theta)[1], values),
-            lambda theta: outer_loss(forward(theta)[2]),
-            list(params.values()), [values], inner_steps, lr, momentum, weight_decay,
-            forward_mode=True, average=average)  # forward mode: lambda acts on the embeddings
         optimizer.zero_grad()
-        matching.backward(d_values)
+        if moving:
+            phi = [p for p in matching_network.parameters() if p.requires_grad]
+            for p, d_p in zip(phi, hypergradient_for(phi, matching_network), strict=True):
+                p.grad = d_p
+        else:
+            with torch.no_grad():
+                features, _, _ = forward(params.values())
+            matching = matching_network(features)  # [N, L, N, L, B], a function of phi
+            values = matching.detach().requires_grad_()  # [N, L, N, L, B], a leaf
+            d_values, = hypergradient_for([values], lambda features: values)
+            matching.backward(d_values)
     average_gradients(matching_network, average)
     optimizer.step()
 

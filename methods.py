@@ -304,6 +304,9 @@ class LMCL(MCL):
                            help="a meta step every so many steps (50; imagenet 500)")
         group.add_argument("--meta-steps", type=arguments.at_least_1, default=2, metavar="STEPS",
                            help="virtual steps on the contrastive loss (2)")
+        group.add_argument("--virtual-lambda", choices=["held", "moving"], default="held",
+                           help="in the virtual steps lambda is held, as in the ordinary step, or moves with the "
+                           "features, as published (held)")
 
     def __init__(self, args, num_classes, train_labels=None):
         super().__init__(args, num_classes, train_labels)
@@ -362,7 +365,7 @@ class LMCL(MCL):
             self.students, self.matching_network, optimizer, images, inner_loss,
             outer_loss=lambda logits: losses.cross_entropy(logits, labels),
             inner_steps=args.meta_steps, lr=lr, momentum=args.momentum, weight_decay=args.weight_decay,
-            average=average)
+            average=average, moving=args.virtual_lambda == "moving")
 
 
 class AFD(Method):

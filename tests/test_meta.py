@@ -284,21 +284,27 @@ def gradients(matching):
     return [p.grad for p in matching.parameters()]
 
 
+@pytest.mark.parametrize("moving", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("frozen", [(), ("bodies.0.0.weight", "bodies.1.4.bias", "heads.0.weight")])
-def test_meta_step_gradient_equals_the_definition(frozen, memory_format):
-    """Features at theta_0 constant, lambda the same for all virtual steps, momentum from zero, Nesterov step
-    of phi; frozen parameters stay where they are."""
+def test_meta_step_gradient_equals_the_definition(frozen, memory_format, moving):
+    """Features at theta_0 constant, lambda the same for all virtual steps, or lambda of each step's features;
+    momentum from zero, Nesterov step of phi; frozen parameters stay where they are."""
     students, matching, images, contrast, task = meta_setting()
     for name in frozen:
         students.get_parameter(name).requires_grad_(False)
     students, images = students.to(memory_format=memory_format), images.to(memory_format=memory_format)
     reference, phi = copy.deepcopy(students), copy.deepcopy(matching)
-    meta.meta_step(students, matching, sgd(matching), images, contrast, task, inner_steps=2, **HYPER)
+    meta.meta_step(students, matching, sgd(matching), images, contrast, task, inner_steps=2, moving=moving, **HYPER)
 
     params, call = runner(reference)
     weights = phi([f.detach() for f in call(params, images)[0]])
-    inner, outer = lambda p: contrast(call(p, images)[1], weights), lambda p: task(call(p, images)[2])
+
+    def inner(p):
+        features, z, _ = call(p, images)
+        return contrast(z, phi(features) if moving else weights)
+
+    outer = lambda p: task(call(p, images)[2])
     exact = torch.autograd.grad(unrolled(inner, outer, params, None, 2, **HYPER), list(phi.parameters()))
     assert distance(gradients(matching), exact) < 1e-10
 
@@ -309,7 +315,8 @@ def test_meta_step_gradient_equals_the_definition(frozen, memory_format):
     assert all(torch.allclose(p, q, rtol=1e-12) for p, q in pairs)
 
 
-def test_meta_step_of_two_processes():
+@pytest.mark.parametrize("moving", [False, True])
+def test_meta_step_of_two_processes(moving):
     """Each with its images, batch statistics and values of lambda: the derivative of their losses' mean."""
     parts = [meta_setting(rows) for rows in HALVES]
     inners, outers, networks = [], [], []
@@ -317,7 +324,12 @@ def test_meta_step_of_two_processes():
     for _, matching, images, contrast, task in parts:
         networks.append(copy.deepcopy(matching))
         weights = networks[-1]([f.detach() for f in call(params, images)[0]])
-        inners.append(lambda p, x=images, loss=contrast, weights=weights: loss(call(p, x)[1], weights))
+
+        def inner(p, x=images, loss=contrast, weights=weights, phi=networks[-1]):
+            features, z, _ = call(p, x)
+            return loss(z, phi(features) if moving else weights)
+
+        inners.append(inner)
         outers.append(lambda p, x=images, loss=task: loss(call(p, x)[2]))
     final = unrolled(mean_of(*inners), mean_of(*outers), params, None, 2, **HYPER)
     exact = [sum(torch.autograd.grad(final, pair, retain_graph=True))
@@ -325,14 +337,15 @@ def test_meta_step_of_two_processes():
 
     def step(average, students, matching, images, contrast, task):
         meta.meta_step(students, matching, sgd(matching), images, contrast, task, inner_steps=2,
-                       average=average, **HYPER)
+                       average=average, moving=moving, **HYPER)
         return gradients(matching), matching.state_dict()
 
     ours, count = in_processes(*(lambda average, part=part: step(average, *part) for part in parts))
     assert distance(ours[0][0], exact) < 1e-10 and bits(ours[0]) == bits(ours[1]) and count <= 2 * 2 + 5
 
 
-def test_meta_step_leaves_no_trace():
+@pytest.mark.parametrize("moving", [False, True])
+def test_meta_step_leaves_no_trace(moving):
     students, matching, images, contrast, task = meta_setting()
     optimizer = torch.optim.SGD(students.parameters(), lr=0.1, momentum=0.9)
     task(students(images)[2]).backward()
@@ -343,7 +356,7 @@ def test_meta_step_leaves_no_trace():
     state = lambda: bits([students.state_dict(), optimizer.state_dict(), images, torch.get_rng_state(),
                           [p.grad for p in students.parameters()]])
     before, phi_before = state(), copy.deepcopy(matching.state_dict())
-    meta.meta_step(students, matching, sgd(matching), images, contrast, task, inner_steps=2, **HYPER)
+    meta.meta_step(students, matching, sgd(matching), images, contrast, task, inner_steps=2, moving=moving, **HYPER)
     assert state() == before
     assert not students.bodies[0][1].training and students.training
     norms = [m for m in students.modules() if isinstance(m, nn.BatchNorm2d)]

@@ -276,28 +276,36 @@ def test_the_warning_that_contrast_teaches_nothing():
 
 # ---------------------------------------------------------------- what is trained after the SGD step
 
+@pytest.mark.parametrize(("arch", "steps"), [(["small", "small_12"], 4), (["resnet8", "resnet8"], 1), (SMALL, 2)],
+                         ids=["two", "resnet8", "three"])
+@pytest.mark.parametrize("lam", ["held", "moving"])
 @pytest.mark.parametrize("contrast", ["batch", "bank"])
-def test_the_meta_step_is_that_of_the_options(contrast):
+def test_the_meta_step_is_that_of_the_options(contrast, lam, arch, steps):
     """Its gradient equals autograd through the unrolled virtual steps; the matching network alone moves."""
     method, x, y = make("lmcl", *SIX, *(BANK if contrast == "bank" else ()), "--momentum", "0.5",
-                        "--weight-decay", "0.01", "--meta-steps", "3", arch=["small", "small_12"],
+                        "--weight-decay", "0.01", "--meta-steps", str(steps), "--virtual-lambda", lam, arch=arch,
                         train_labels=TRAIN_LABELS)
     method, x, rows = method.double(), x.double(), None
-    loss = lambda z: losses.lmcl_loss(z, y, weights, 0.25, 2.5)
+    loss = lambda z, weights: losses.lmcl_loss(z, y, weights, 0.25, 2.5)
     if contrast == "bank":
         y, rows = TRAIN_LABELS[INDEX], method.bank.sample(INDEX, 0, 0)
-        loss = lambda z: losses.lmcl_bank_loss(z, *rows[1:], weights, 0.25, 2.5)
+        loss = lambda z, weights: losses.lmcl_bank_loss(z, *rows[1:], weights, 0.25, 2.5)
     params, call = runner(copy.deepcopy(method.students))
-    weights = method.matching_network([f.detach() for f in call(params, x)[0]])
-    inner = lambda p: total(with_weights(loss(call(p, x)[1])))
+    phi = method.matching_network
+    held = phi([f.detach() for f in call(params, x)[0]])
+
+    def inner(p):
+        features, z, _ = call(p, x)
+        return total(with_weights(loss(z, phi(features) if lam == "moving" else held)))
+
     outer = lambda p: losses.cross_entropy(call(p, x)[2], y)
-    final = unrolled(inner, outer, params, None, 3, lr=0.05, momentum=0.5, weight_decay=0.01)
-    exact = torch.autograd.grad(final, list(method.matching_network.parameters()))
+    final = unrolled(inner, outer, params, None, steps, lr=0.05, momentum=0.5, weight_decay=0.01)
+    exact = torch.autograd.grad(final, list(phi.parameters()))
 
     before, averages = copy.deepcopy(method.state_dict()), []
     average = lambda vector: averages.append(vector) or vector
     method.second.step(method.optimizers()[1], 0.05, average, x, y, rows, None)
-    assert averages and distance(gradients(method.matching_network), exact) < 1e-9
+    assert averages and distance(gradients(method.matching_network), exact) < 1e-12
     changed = {k for k, v in method.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {k for k in before if k.startswith("matching_network.")}
 

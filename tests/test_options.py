@@ -57,7 +57,7 @@ def test_default_out_dirs_name_what_differs():
 
 CONTRAST = {"weight_vcl", "weight_icl", "weight_soft_vcl", "weight_soft_icl", "tau", "T", "contrast",
             "negatives", "bank_momentum", "contrast_start", "soft_ramp"}
-OWN = {"lmcl": CONTRAST | {"matching", "meta_freq", "meta_steps"}, "mcl": CONTRAST | {"logit_kd"},
+OWN = {"lmcl": CONTRAST | {"matching", "meta_freq", "meta_steps", "virtual_lambda"}, "mcl": CONTRAST | {"logit_kd"},
        "afd": {"T", "weight_adversarial"}, "dml": set(), "deep-supervision": set(), "independent": set()}
 
 

@@ -25,6 +25,7 @@ PAIR, MIXED = ["--arch", "small"], ["--arch", "small", "small_12", "small"]
 BANK = ["--contrast", "bank", "--negatives", "12"]
 CASES = [*(["--method", name, *PAIR] for name in METHODS), ["--method", "lmcl", *MIXED],
          ["--method", "lmcl", *PAIR, *BANK, "--contrast-start", "0"],
+         ["--method", "lmcl", *PAIR, "--virtual-lambda", "moving"],
          ["--method", "lmcl", *PAIR, *BANK, "--soft-ramp", "3"],  # contrast from the second epoch on
          ["--method", "mcl", *MIXED, *BANK, "--logit-kd"]]
 
@@ -119,10 +120,15 @@ def meta_step_by_one(args, method, run, halves):
     def call(theta, images):
         return torch.func.functional_call(method.students, dict(zip(names, theta, strict=True)), (images,))
 
+    moving = args.virtual_lambda == "moving"
+    phi = list(method.matching_network.parameters())
+
     def inner(theta):
         total = 0
         for (images, labels, rows), lam in zip(halves, held, strict=True):
-            terms = method.contrastive_terms(call(theta, images)[1], labels, lam, rows)
+            features, z, _ = call(theta, images)
+            lam = method.matching_network(features) if moving else lam
+            terms = method.contrastive_terms(z, labels, lam, rows)
             total += sum(weight * value for weight, value in terms.values()) / 2
         return total
 
@@ -134,10 +140,14 @@ def meta_step_by_one(args, method, run, halves):
             features = [call(params, images)[0] for images, _, _ in halves]
         weights = [method.matching_network(f) for f in features]
         held = [w.detach().requires_grad_() for w in weights]
-        grads = meta.hypergradient(inner, outer, params, held, inner_steps=args.meta_steps, lr=0.05,
-                                   momentum=0.9, weight_decay=args.weight_decay)
+        grads = meta.hypergradient(inner, outer, params, phi if moving else held, inner_steps=args.meta_steps,
+                                   lr=0.05, momentum=0.9, weight_decay=args.weight_decay)
     run.optimizers[1].zero_grad()
-    torch.autograd.backward(weights, grads)
+    if moving:
+        for p, grad in zip(phi, grads, strict=True):
+            p.grad = grad
+    else:
+        torch.autograd.backward(weights, grads)
     run.optimizers[1].step()
 
 

@@ -5,7 +5,8 @@
 Prints a Markdown table: the norm of each weighted term's gradient on the backbones, its share of
 that of the students' own cross-entropy, and its cosine with that. Then the mean cosine of two
 images' embeddings, stage by stage, the spread of lambda, and how far VCL and ICL are below chance.
-All are means over batches of epoch 0, in training mode, at the soft losses' full weight.
+All are means over batches of epoch 0, in training mode, at the soft losses' full weight. --meta
+adds the norm of the meta-gradient for both values of --virtual-lambda, and their cosine.
 """
 
 import argparse
@@ -31,6 +32,8 @@ def main(argv=None):
     parser = Parser("gradients.py", __doc__)
     parser.add_argument("checkpoint", metavar="FILE", help="last.pt or best.pt of an lmcl run")
     parser.add_argument("--batches", type=at_least_1, default=10, help="of the training set (10)")
+    parser.add_argument("--meta", action="store_true",
+                        help="the gradient of phi, too, with lambda held and moving: slow")
     given = parser.parse_args(argv)
     given.device = torch.device("cpu")
     with one_line_errors("gradients.py", given):
@@ -46,6 +49,8 @@ def main(argv=None):
         method = train.build(args, dataset, resumed=True)
         load_into(method, state["model"], given.checkpoint)
         measure(args, dataset, method.train(), given.batches)
+        if given.meta:
+            measure_meta(args, dataset, method, given.batches, state["logged_lr"])
 
 
 def gradient(value, parameters):
@@ -95,6 +100,24 @@ def measure(args, dataset, method, batches):
           f"pairs of stages, {pairs.std(-1).mean():.3f} over samples")
     vcl, icl = (gains / n).tolist()
     print(f"below chance, nats an anchor, lambda left out: VCL {vcl:.3f}, ICL {icl:.3f}")
+
+
+def measure_meta(args, dataset, method, batches, lr):
+    """The gradient of phi at the checkpoint's learning rate, with lambda held and moving."""
+    network, found = method.matching_network, []
+    if network is None:
+        raise UserError("--meta: this run has no matching network (--matching uniform)")
+    still = torch.optim.SGD(network.parameters(), lr=0.0)
+    plan = dataset.train_batches(args.batch_size, args.seed, 0, pairs=args.batches == "pairs")
+    for images, labels, index in itertools.islice(plan, batches):
+        rows = method.bank.sample(index, 0, 0) if method.bank else None
+        for args.virtual_lambda in ("held", "moving"):
+            method.meta_step(still, lr, None, images, labels, rows, None)
+            found.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+    held, moving = torch.stack(found[0::2]), torch.stack(found[1::2])  # [batches, parameters]
+    cosine = torch.nn.functional.cosine_similarity(held, moving, -1).mean()
+    print(f"gradient of phi: norm {held.norm(dim=-1).mean():.3g} with lambda held, "
+          f"{moving.norm(dim=-1).mean():.3g} with lambda moving; cosine {cosine:.3g}")
 
 
 if __name__ == "__main__":

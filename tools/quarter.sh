@@ -20,10 +20,15 @@ ln -sfn "$images/test" "$work/quarter/test"
 export OMP_NUM_THREADS=1
 for seed in $seeds; do
   for method in $methods; do
-    uniform=""; [ "$method" = lmcl-uniform ] && uniform="--matching uniform"
+    name=${method%-uniform} name=${name%-moving}
+    case $method in
+      lmcl-uniform) more="--matching uniform" ;;
+      lmcl-moving) more="--virtual-lambda moving" ;;
+      *) more="" ;;
+    esac
     # shellcheck disable=SC2086
     python train.py --dataset folder --data-dir "$work/quarter" --arch resnet20 --num-nets 2 --epochs "$epochs" \
-      --seed "$seed" --method "${method%-uniform}" $uniform --save-every 10 --resume ${FLAGS:-} \
+      --seed "$seed" --method "$name" $more --save-every 10 --resume ${FLAGS:-} \
       --out-dir "$work/epochs-$epochs/$method-$seed"
   done
 done
