@@ -41,7 +41,11 @@ import torch.nn.functional as F
 # ---------------------------------------------------------------- scores and the two per-anchor losses
 
 def similarity(u, v, tau):
-    """sim(u, v) = u v^T / tau in float32 or wider, under autocast too.  [..., B, D], [..., M, D] -> [..., B, M]."""
+    """sim(u, v) = u v^T / tau in float32 or wider, under autocast too.  [..., B, D], [..., M, D] -> [..., B, M].
+
+    Raises ValueError for a tau that is not above 0.
+    """
+    _check_positive("tau", tau)
     with torch.autocast(u.device.type, enabled=False):
         return at_least_float32(u) @ at_least_float32(v).mT / tau
 
@@ -74,7 +78,9 @@ def log_probabilities(scores, T, excluded=None):
     """log softmax(scores / T) over the last dimension.  [..., B, M] -> [..., B, M].
 
     Excluded columns [B, M] get probability 0 and a finite logarithm, so that they add 0 to kl, not NaN.
+    Raises ValueError for a T that is not above 0.
     """
+    _check_positive("T", T)
     scores = scores / T
     if excluded is not None:
         scores = scores.masked_fill(excluded, torch.finfo(scores.dtype).min)
@@ -90,7 +96,8 @@ def kl(student, teacher, T):
     T^2 keeps the gradient's size independent of T (Hinton et al. 2015).
     """
     student, teacher = torch.broadcast_tensors(student, teacher)
-    return T ** 2 * KLToConstant.apply(student, teacher, teacher.exp())
+    function = KLToConstant if torch.compiler.is_compiling() else KLToConstantForward
+    return T ** 2 * function.apply(student, teacher, teacher.exp())
 
 
 class KLToConstant(torch.autograd.Function):
@@ -98,8 +105,11 @@ class KLToConstant(torch.autograd.Function):
 
     q.detach() would give the same gradient, but its derivative would miss that q moves with theta. The meta
     step differentiates through updates, and each update has another q: with q.detach() its hypergradient is
-    tens of per cent off at initialisation.
+    tens of per cent off at initialisation. No sum of ordinary operations does this: its Jacobian is symmetric in
+    log p and q, or lacks q's part.
     """
+
+    generate_vmap_rule = True  # torch.func
 
     @staticmethod
     def forward(log_p, log_q, q):
@@ -108,11 +118,19 @@ class KLToConstant(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(inputs[2])
-        ctx.save_for_forward(inputs[2])
 
     @staticmethod
     def backward(ctx, grad):
         return -grad[..., None] * ctx.saved_tensors[0], None, None
+
+
+class KLToConstantForward(KLToConstant):
+    """With forward mode, too; torch.compile takes no Function that has it."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[2])
+        ctx.save_for_forward(inputs[2])
 
     @staticmethod
     def jvp(ctx, tangent_p, tangent_log_q, tangent_q):
@@ -127,9 +145,10 @@ def mean_over_anchors(per_anchor, valid):
 # ---------------------------------------------------------------- the four losses on a pair of students
 
 def vcl(z, labels, tau=0.1):
-    """Vanilla contrastive loss: nce(z_a, z_a), anchor and contrast from one student.
+    """Vanilla contrastive loss of one student: mean over i of nce(similarity(z, z, tau), positive, excluded)_i.
 
-    z [B, D] -> scalar, the mean over the anchors that have a positive. Source: arXiv 2104.12565.
+    positive, excluded = batch_masks(labels): column j is sample j, never i itself.
+    z [B, D], labels [B] -> scalar, the mean over the anchors that have a positive. Source: arXiv 2104.12565.
     """
     _check("vcl", z=(z, "B D"), labels=(labels, "B"))
     positive, excluded = batch_masks(labels)
@@ -137,9 +156,14 @@ def vcl(z, labels, tau=0.1):
 
 
 def icl(z_a, z_b, labels, tau=0.1):
-    """Interactive contrastive loss: nce(z_a, z_b), anchor from a, contrast from b; gradient into both.
+    """Interactive contrastive loss, mean over i of nce(similarity(z_a, z_b, tau), positive, excluded)_i: anchor from
+    a, contrast from b; gradient into both.
 
-    Minimising it maximises a lower bound of the mutual information of the two embeddings:
+    positive, excluded = batch_masks(labels): column j is sample j of b, and j = i, the same image seen by the other
+    student, is neither positive nor negative. So labels that are all different give 0. For two views of each image,
+    where view i of b is the positive of view i of a, give both views to vcl:
+    vcl(torch.cat([z_a, z_b]), torch.arange(B).repeat(2)).
+    Minimising ICL maximises a lower bound of the mutual information of the two embeddings:
     I(z_a; z_b) >= log K - ICL, K the number of negatives.
     z_a, z_b [B, D] -> scalar, the mean over the anchors that have a positive. Source: arXiv 2104.12565.
     """
@@ -151,6 +175,7 @@ def icl(z_a, z_b, labels, tau=0.1):
 def soft_vcl(z_a, z_b, tau=0.1, T=3.0):
     """Soft VCL, a learns from b: kl of softmax(sim(z_a,z_a)/T) towards softmax(sim(z_b,z_b)/T).
 
+    Without labels: all B columns, the diagonal too, unlike batch_masks' hard losses.
     z_a, z_b [B, D] -> scalar, the mean over all anchors. z_b is constant; the reverse direction is
     soft_vcl(z_b, z_a). Source: arXiv 2104.12565.
     """
@@ -162,6 +187,7 @@ def soft_vcl(z_a, z_b, tau=0.1, T=3.0):
 def soft_icl(z_a, z_b, tau=0.1, T=3.0):
     """Soft ICL, a's view learns from b's: kl of softmax(sim(z_a,z_b)/T) towards softmax(sim(z_b,z_a)/T).
 
+    Without labels: all B columns, the diagonal too, unlike batch_masks' hard losses.
     z_a, z_b [B, D] -> scalar, the mean over all anchors. The second distribution is constant; both z_a
     and z_b get gradient through the first. The reverse direction is soft_icl(z_b, z_a). Source: arXiv 2104.12565.
     """
@@ -267,7 +293,8 @@ def mcl_loss(embeddings, labels, tau=0.1, T=3.0, gains=False):
         vcl = sum_a VCL_a,   icl = sum_{a != b} ICL_{a,b},
         soft_vcl = sum_{a != b} SoftVCL_{a<-b},   soft_icl = sum_{a != b} SoftICL_{a<-b}
 
-    over ordered pairs, each once, mean over the batch.
+    over ordered pairs, each once, mean over the batch. Hard losses by batch_masks: j = i is no candidate, anchors
+    without a positive are left out; soft losses have all columns and anchors.
 
     embeddings [N, B, D] unit rows, labels [B] int64 -> dict of four scalars; with gains, those of contrast_gains, too.
     Raises ValueError for other shapes and dtypes, and on the CPU for other lengths. Source: arXiv 2104.12565.
@@ -299,10 +326,13 @@ def lmcl_loss(embeddings, labels, weights=None, tau=0.1, T=3.0, gains=False):
         sum over ordered pairs a != b and stages l, m of  mean_i lambda^{l,m}_{a,b}(x_i) * term_i,
         term = VCL_a^l + VCL_b^m,  ICL both ways,  Soft VCL both ways,  Soft ICL both ways.
 
-    embeddings [N, L, B, D] unit rows, labels [B] int64, weights [N, L, N, L, B], symmetric (not checked: the host
-    would wait), the a = b blocks unused, None for ones -> dict of four scalars; with gains, those of contrast_gains,
-    too. Gradient goes into the embeddings and, if they require it, into the weights.
-    Raises ValueError for other shapes and dtypes, and on the CPU for other lengths. Source: arXiv 2207.11518.
+    Hard losses by batch_masks: j = i is no candidate, anchors without a positive are left out; soft losses have all
+    columns and anchors.
+    embeddings [N, L, B, D] unit rows, labels [B] int64, weights [N, L, N, L, B], symmetric, the a = b blocks unused,
+    None for ones -> dict of four scalars; with gains, those of contrast_gains, too. Gradient goes into the embeddings
+    and, if they require it, into the weights.
+    Raises ValueError for other shapes and dtypes, and on the CPU, where no host waits, for other lengths and for
+    weights that are not symmetric. Source: arXiv 2207.11518.
     """
     _check("lmcl_loss", embeddings=(embeddings, "N L B D"), labels=(labels, "B"), weights=(weights, "N L N L B"))
     weights = _ones(embeddings) if weights is None else weights
@@ -438,15 +468,41 @@ def _check(name, **arguments):
             raise ValueError(f"{name}: {key} must be {DTYPES.get(key, 'floats')}, got {tensor.dtype}")
         if key in ("embeddings", "z", "z_a", "z_b"):
             _check_lengths(name, key, tensor)
+        if key == "weights":
+            _check_symmetry(name, tensor)
+
+
+def _check_positive(name, temperature):
+    if isinstance(temperature, (int, float)) and not temperature > 0:  # a tensor's host would wait
+        raise ValueError(f"{name} must be above 0, got {temperature}")
+
+
+def _in_numpy(t):
+    """float32 for a check without dispatched operations, or None. CPU only: a GPU's host would wait."""
+    if t.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    try:
+        return t.detach().numpy().astype("float32")
+    except (RuntimeError, TypeError):  # no data (torch.func, FakeTensor) or bfloat16
+        return None
+
+
+def _check_symmetry(name, weights):
+    """lambda^{l,m}_{a,b} = lambda^{m,l}_{b,a}, for two students: only one of the two is used, twice."""
+    w = _in_numpy(weights)
+    if w is None:
+        return
+    difference = abs(w - w.transpose(2, 3, 0, 1, 4))
+    for a, blocks in enumerate(difference):
+        blocks[:, a] = 0  # a = b is unused
+    if (difference > 0.001).any():  # NaN passes: the loss shows it
+        raise ValueError(f"{name}: weights must be symmetric, weights[a, l, b, m] = weights[b, m, a, l]")
 
 
 def _check_lengths(name, key, z):
-    """Rows are unit vectors, or zero as F.normalize leaves them. CPU only: a GPU's host would wait."""
-    if z.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    try:
-        z = z.detach().numpy().astype("float32")  # NumPy: no dispatched operation
-    except (RuntimeError, TypeError):  # no data (torch.func, FakeTensor) or bfloat16
+    """Rows are unit vectors, or zero as F.normalize leaves them."""
+    z = _in_numpy(z)
+    if z is None:
         return
     lengths = (z * z).sum(-1) ** 0.5
     wrong = lengths[(abs(lengths - 1) > 0.01) & (lengths > 0)]  # NaN passes: the loss shows it

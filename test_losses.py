@@ -364,7 +364,7 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("N", [2, 4])
 def test_operations_forward_and_backward(loss, rows, most, N):
     """The number is the same for any number of students: launches bound this loss on a GPU. No host waits."""
-    z, rows, w = unit(N, 3, 16, 8, dtype=torch.float32).requires_grad_(), rows(N), torch.rand(N, 3, N, 3, 16)
+    z, rows, w = unit(N, 3, 16, 8, dtype=torch.float32).requires_grad_(), rows(N), symmetric_weights(N, 3, 16).float()
     total(loss(z, *rows, w)).backward()
     with Operations() as operations:
         total(loss(z, *rows, w)).backward()
@@ -408,6 +408,11 @@ def test_bank_keeps_few_full_size_tensors():
     (lambda z, y, w: losses.lmcl_loss(1.1 * z, y, w), "lmcl_loss: embeddings must be unit vectors"),
     (lambda z, y, w: losses.soft_vcl(z[0, 0], 0.9 * z[1, 0]),
      "z_b must be unit vectors (F.normalize), got length 0.9"),
+    (lambda z, y, w: losses.lmcl_loss(z, y, w, tau=0), "tau must be above 0, got 0"),
+    (lambda z, y, w: losses.vcl(z[0, 0], y, tau=-0.1), "tau must be above 0, got -0.1"),
+    (lambda z, y, w: losses.soft_icl(z[0, 0], z[1, 0], T=0), "T must be above 0, got 0"),
+    (lambda z, y, w: losses.mutual_distillation(z[:, 0], T=math.nan), "T must be above 0, got nan"),
+    (lambda z, y, w: losses.lmcl_loss(z, y, w + torch.arange(3.0)[:, None, None, None]), "weights must be symmetric"),
 ])
 def test_wrong_arguments_are_named(call, words):
     with pytest.raises(ValueError) as error:
@@ -437,6 +442,34 @@ def test_wrong_bank_arguments_are_named(name, wrong, words):
         with pytest.raises(ValueError, match=f"mcl_bank_loss: {name} must be"):
             wrong = wrong[..., :1] if wrong.dim() < 4 else 2 * wrong[:, 0, 1:]
             losses.mcl_bank_loss(**{**right, name: wrong})
+
+
+def test_two_views_of_each_image():
+    """icl is for two students: its positives are other images. vcl's docstring call is the two-view loss."""
+    one, two, B = unit(8, 5), unit(8, 5, seed=1), 8
+    assert losses.icl(one, two, torch.arange(B)) == 0
+    both = torch.cat([one, two])
+    scores = (both @ both.T / 0.1).fill_diagonal_(-math.inf)
+    expected = F.cross_entropy(scores, torch.arange(2 * B).roll(B)).item()  # SimCLR's NT-Xent
+    assert losses.vcl(both, torch.arange(B).repeat(2)).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_torch_compile_and_torch_func():
+    """One graph without a break; per-sample values and the Hessian by vmap, equal to plain ones."""
+    z, y = unit(2, 2, 8, 5).requires_grad_(), torch.tensor(LABELS["pairs"])
+    compiled = torch.compile(losses.lmcl_loss, fullgraph=True, backend="eager")
+    for gains in (False, True):
+        ours, plain = compiled(z, y, gains=gains), losses.lmcl_loss(z, y, gains=gains)
+        assert ours.keys() == plain.keys() and all(torch.equal(ours[k], plain[k]) for k in plain)
+    mine, true = (torch.autograd.grad(total(r), z)[0] for r in (ours, plain))
+    assert torch.equal(mine, true)
+
+    soft = lambda x: losses.soft_vcl(F.normalize(x, dim=-1), F.normalize(x.flip(0) + x ** 2, dim=-1))
+    x = unit(3, 6, 4)
+    each = torch.stack([soft(one) for one in x])
+    assert torch.allclose(torch.func.vmap(soft)(x), each, rtol=1e-12)
+    hessian = torch.autograd.functional.hessian(soft, x[0])
+    assert torch.allclose(torch.func.hessian(soft)(x[0]), hessian, atol=1e-12)
 
 
 def test_lengths_are_checked_only_where_data_are_at_hand():

@@ -12,7 +12,7 @@ map, and four ordinary convolutions.
 Covered: nn.Conv2d on a batch with padding given in numbers; nn.BatchNorm with weight and bias that normalises by the
 batch's statistics and tracks none (running_mean is None or track_running_stats is False). Forward mode (jvp) too.
 All else stays PyTorch's: padding by name, single images, evaluation mode, running statistics, no weight or bias.
-Third derivatives raise an error. Not for use under autocast.
+Third derivatives raise a RuntimeError. Not for use under autocast.
 
 Derivation. The backward pass of y = f(x, w) gives gx, gw from g = dL/dy. Let hx, hw be the gradients that arrive for
 gx, gw, and T the derivative of f in the direction (hx, hw). Then
@@ -22,9 +22,10 @@ gx, gw, and T the derivative of f in the direction (hx, hw). Then
 so the gradient of X for g is T, and that for x and w is what a backward pass of T gives.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 
@@ -42,6 +43,37 @@ class FastSecondDerivatives(TorchFunctionMode):
                 and kwargs["weight"] is not None and kwargs["bias"] is not None):
             return BatchNorm.apply(args[0], kwargs["weight"], kwargs["bias"], kwargs["eps"])
         return func(*args, **kwargs)
+
+
+class Refuse(torch.autograd.Function):
+    """Its outputs are its inputs after the first, which needs a gradient; a backward pass raises RuntimeError."""
+
+    @staticmethod
+    def forward(ctx, reason, *tensors):
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("FastSecondDerivatives has no third derivatives: leave the mode out for them")
+
+
+def no_third_derivatives(backward):
+    """A second backward pass, whose results raise where they are differentiated again.
+
+    torch.autograd.function.once_differentiable sees gradients that arrive, not the saved tensors.
+    """
+    @functools.wraps(backward)
+    def second(ctx, *arriving):
+        with torch.no_grad():
+            results = list(backward(ctx, *arriving))
+        needing = [t for t in (*arriving, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        if torch.is_grad_enabled() and needing:  # create_graph=True
+            found = [i for i, t in enumerate(results) if t is not None]
+            for i, t in zip(found, Refuse.apply(needing[0], *(results[i] for i in found)), strict=True):
+                results[i] = t
+        return tuple(results)
+
+    return second
 
 
 class Convolution(torch.autograd.Function):
@@ -75,7 +107,7 @@ class ConvolutionGradient(torch.autograd.Function):
         return _convolution_gradients(g, x, w, want_gx, True, *geometry)
 
     @staticmethod
-    @once_differentiable
+    @no_third_derivatives
     def backward(ctx, hx, hw):
         g, x, w = ctx.saved_tensors
         T = dx = dw = None
@@ -133,7 +165,7 @@ class BatchNormGradient(torch.autograd.Function):
         return gx, gw, gb
 
     @staticmethod
-    @once_differentiable
+    @no_third_derivatives
     def backward(ctx, hx, hw, hb):
         g, x, w, mean, r, gw, gb = ctx.saved_tensors
         M, each = x.numel() / len(w), (-1, *[1] * (x.dim() - 2))  # each: one value a channel

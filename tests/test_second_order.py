@@ -53,6 +53,22 @@ def test_equal_to_pytorch_and_to_finite_differences(name, memory_format):
                                     fast_mode=True)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_third_derivatives_raise(name):
+    """For what was saved, too, where no gradient that arrives needs one; the second ones stay with create_graph."""
+    layer, shape = LAYERS[name]
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    layer = layer.double()
+    with FastSecondDerivatives():
+        first, = torch.autograd.grad((layer(x) ** 3).sum(), x, create_graph=True)
+    constant = torch.ones_like(first)
+    plain, = torch.autograd.grad((first * constant).sum(), x, retain_graph=True)
+    second, = torch.autograd.grad((first * constant).sum(), x, create_graph=True)
+    assert torch.equal(second, plain)
+    with pytest.raises(RuntimeError, match="no third derivatives"):
+        torch.autograd.grad(second.square().sum(), x)
+
+
 def test_first_layer_and_calls_that_stay_pytorchs():
     """Images need no gradient. Padding by name, batch norms without weight or bias, with running statistics
     or in evaluation mode, and single images are PyTorch's own."""
