@@ -256,13 +256,15 @@ def lmcl_sums(values, weights, valid):
     """L-MCL's sums of weighted batch means; the soft terms keep all anchors.
 
     values: of batch_pairs, S = N * L; weights [N, L, N, L, B], valid [B] -> dict of four scalars.
-    lambda is symmetric, so both directions of a term have the same sum: with s = (a, l), t = (b, m),
-    sum_{s,t} lambda_st (V_s + V_t) = 2 sum_{s,t} lambda_st V_s, and so on for ICL, Soft VCL and Soft ICL.
+    Each ordered pair's term holds both directions, so with s = (a, l), t = (b, m)
+    sum_{s,t} lambda_st (V_s + V_t) = sum_{s,t} (lambda_st + lambda_ts) V_s, and so on for ICL, Soft VCL and Soft ICL.
+    lambda is symmetric, so this is 2 sum_{s,t} lambda_st V_s: each unordered pair once, scaled by 2.
     """
     N, L, _, _, B = weights.shape
     same = torch.eye(N, dtype=torch.bool, device=weights.device)[:, None, :, None, None]  # [N, 1, N, 1, 1], a = b
     w = weights.masked_fill(same, 0).reshape(N * L, N * L, B)  # [S, S, B]
-    total = {k: 2 * (w * v).sum((0, 1)) for k, v in values.items()}  # [B] each
+    w = w + w.transpose(0, 1)
+    total = {k: (w * v).sum((0, 1)) for k, v in values.items()}  # [B] each
     return dict(vcl=mean_over_anchors(total["vcl"], valid), soft_vcl=total["soft_vcl"].mean(),
                 icl=mean_over_anchors(total["icl"], valid), soft_icl=total["soft_icl"].mean())
 
@@ -328,11 +330,11 @@ def lmcl_loss(embeddings, labels, weights=None, tau=0.1, T=3.0, gains=False):
 
     Hard losses by batch_masks: j = i is no candidate, anchors without a positive are left out; soft losses have all
     columns and anchors.
-    embeddings [N, L, B, D] unit rows, labels [B] int64, weights [N, L, N, L, B], symmetric, the a = b blocks unused,
-    None for ones -> dict of four scalars; with gains, those of contrast_gains, too. Gradient goes into the embeddings
-    and, if they require it, into the weights.
-    Raises ValueError for other shapes and dtypes, and on the CPU, where no host waits, for other lengths and for
-    weights that are not symmetric. Source: arXiv 2207.11518.
+    embeddings [N, L, B, D] unit rows, labels [B] int64, weights [N, L, N, L, B], the a = b blocks unused, None for
+    ones -> dict of four scalars; with gains, those of contrast_gains, too. lambda is symmetric; other weights are
+    taken as they are, each ordered pair with its own. Gradient goes into the embeddings and, if they require it, into
+    the weights.
+    Raises ValueError for other shapes and dtypes, and on the CPU for other lengths. Source: arXiv 2207.11518.
     """
     _check("lmcl_loss", embeddings=(embeddings, "N L B D"), labels=(labels, "B"), weights=(weights, "N L N L B"))
     weights = _ones(embeddings) if weights is None else weights
@@ -468,8 +470,6 @@ def _check(name, **arguments):
             raise ValueError(f"{name}: {key} must be {DTYPES.get(key, 'floats')}, got {tensor.dtype}")
         if key in ("embeddings", "z", "z_a", "z_b"):
             _check_lengths(name, key, tensor)
-        if key == "weights":
-            _check_symmetry(name, tensor)
 
 
 def _check_positive(name, temperature):
@@ -477,32 +477,13 @@ def _check_positive(name, temperature):
         raise ValueError(f"{name} must be above 0, got {temperature}")
 
 
-def _in_numpy(t):
-    """float32 for a check without dispatched operations, or None. CPU only: a GPU's host would wait."""
-    if t.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    try:
-        return t.detach().numpy().astype("float32")
-    except (RuntimeError, TypeError):  # no data (torch.func, FakeTensor) or bfloat16
-        return None
-
-
-def _check_symmetry(name, weights):
-    """lambda^{l,m}_{a,b} = lambda^{m,l}_{b,a}, for two students: only one of the two is used, twice."""
-    w = _in_numpy(weights)
-    if w is None:
-        return
-    difference = abs(w - w.transpose(2, 3, 0, 1, 4))
-    for a, blocks in enumerate(difference):
-        blocks[:, a] = 0  # a = b is unused
-    if (difference > 0.001).any():  # NaN passes: the loss shows it
-        raise ValueError(f"{name}: weights must be symmetric, weights[a, l, b, m] = weights[b, m, a, l]")
-
-
 def _check_lengths(name, key, z):
-    """Rows are unit vectors, or zero as F.normalize leaves them."""
-    z = _in_numpy(z)
-    if z is None:
+    """Rows are unit vectors, or zero as F.normalize leaves them. CPU only: a GPU's host would wait."""
+    if z.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    try:
+        z = z.detach().numpy().astype("float32")  # NumPy: no dispatched operation
+    except (RuntimeError, TypeError):  # no data (torch.func, FakeTensor) or bfloat16
         return
     lengths = (z * z).sum(-1) ** 0.5
     wrong = lengths[(abs(lengths - 1) > 0.01) & (lengths > 0)]  # NaN passes: the loss shows it
