@@ -4,12 +4,14 @@
     python compare.py out/* --curves curves.png             # needs matplotlib
 
 A path is an --out-dir of train.py or a log.jsonl. A group is runs of equal options, but for the
-seed and for where and how far they ran. A row pools a group's runs that did equally many steps.
+seed and for where and how far they ran; equal code of a user's own method and students, too. A row
+pools a group's runs that did equally many steps; rows of the same seeds are compared seed by seed.
 Nobody chose the last epoch by its score; the best epoch is, on the images that its column names.
 """
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -17,6 +19,7 @@ from typing import NamedTuple
 from support.arguments import WHERE, Parser
 from support.console import UserError, one_line_errors, say, warn
 
+LESS = "mean less row 1's, by seed"
 GAINS = {"vcl_gain": "VCL gain, nats", "icl_gain": "ICL gain, nats"}
 
 
@@ -100,8 +103,11 @@ def read_run(path):
     options = {name: value for name, value in header["args"].items() if name not in left_out}
     if isinstance(header.get("classes"), list):
         options["classes"] = len(header["classes"])  # another data set, whatever its folder's name
-    if isinstance(header.get("digest"), str):
-        options["digest"] = header["digest"]  # of the training images' names
+    for name in ("digest", "code"):  # of the training images' names; of a user's own files
+        if isinstance(header.get(name), str):
+            options[name] = header[name]
+    if isinstance(header.get("processes"), int):
+        options["processes"] = header["processes"]  # each contrasts and normalises its own share
     if options.get("method") == "lmcl":
         options.setdefault("matching", "learned")  # a log from before --matching
     else:
@@ -149,6 +155,12 @@ def row_key(run):
     return run.last["step"], on, len(run.last[f"{on}_top1"]), run.chosen_on
 
 
+def by_seed(runs):
+    """{seed: mean top-1 of the students after the last epoch}."""
+    _, on, *_ = row_key(runs[0])
+    return {run.seed: mean(run.last[f"{on}_top1"]) for run in runs}
+
+
 def row(runs):
     """Cells by column of runs of one group and row_key; a student's column is its number from 1."""
     _, on, students, chosen_on = row_key(runs[0])
@@ -172,18 +184,28 @@ def row(runs):
 
 def table(differing, groups):
     """The Markdown table as text, groups in the order of their first runs."""
-    rows = []
+    rows, first = [], None
     for values, runs in groups.items():
         alike = {}
         for run in runs:
             alike.setdefault(row_key(run), []).append(run)
         options = dict(zip(differing, values, strict=True))
-        rows += [options | row(same) for same in alike.values()]
+        for same in alike.values():
+            cells, scores = options | row(same), by_seed(same)
+            if len(scores) < len(same):
+                seeds = sorted(run.seed for run in same)
+                twice = {str(seed) for seed, after in pairwise(seeds) if seed == after}
+                warn(f"compare.py: row {len(rows) + 1}: seed {', '.join(sorted(twice))} occurs more than once")
+            first = first or scores
+            if first is not scores and first.keys() == scores.keys():
+                cells[LESS] = spread([scores[seed] - first[seed] for seed in scores])
+            rows.append(cells)
     numbers = sorted({column for cells in rows for column in cells if isinstance(column, int)})
     arch = next(iter(groups.values()))[0].options.get("arch")
     named = "arch" not in differing and isinstance(arch, list) and len(arch) == len(numbers)
     gains = [title for title in GAINS.values() if any(title in cells for cells in rows)]
-    last = ["mean", "top-5 mean", *gains, "best epoch (chosen on)", "n (seeds)", "epochs done"]
+    paired = [LESS] if any(LESS in cells for cells in rows) else []
+    last = ["mean", *paired, "top-5 mean", *gains, "best epoch (chosen on)", "n (seeds)", "epochs done"]
     titles = {column: column for column in [*differing, *numbers, *last]}
     for a in numbers:
         titles[a] = f"student {a} {arch[a - 1]}" if named else f"student {a}"
@@ -215,6 +237,7 @@ def draw_curves(differing, groups, path):
         sets = " and ".join(sorted({run.chosen_on for run in runs}))
         label = f"{options} ({sets}, n = {len(runs)})".replace("$", r"\$")
         axes.plot(shared, means, color=colour, linewidth=2.5, marker=".", label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     try:

@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -433,8 +434,8 @@ def start(args, processes):
         run.begin(found)
         with run.saving():
             train(args, train_set, test_set, model, run)
-        run.say_end("mean of box and mask AP", f"--evaluate {out}/best.pt, or --predict IMAGE "
-                    f"--checkpoint {out}/best.pt")
+        best = shlex.quote(f"{out}/best.pt")
+        run.say_end("mean of box and mask AP", f"python detect.py --predict IMAGE --checkpoint {best}")
         processes.stop()
 
 

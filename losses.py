@@ -22,6 +22,7 @@ sim(u,v) scores       u v^T / tau, entries s_ij; row i is anchor i   [..., B, M]
 P(i)     positive     true where column j is a positive of anchor i  [B, M]
          excluded     true where column j is no candidate of i       [B, M]
 lambda   weights      layer-matching weight (see meta.py)            [N, L, N, L, B]
+a <- b                a learns from b, which is constant
 
 Conventions. Anchors are rows, contrasts are columns. Every loss is computed per anchor; the batch mean is
 taken at the end. Everything runs in float32 or wider. The terms come unweighted: the classes in methods.py
@@ -63,8 +64,10 @@ def nce(scores, positive, excluded):
         nce_i = - mean_{j in P(i)} log [ exp s_ij / sum_k exp s_ik ]
               = logsumexp_k s_ik - mean_{j in P(i)} s_ij
 
-    scores [..., B, M], excluded [B, M], positive [B, M'] or [1, M'] -> [..., B]. With M' < M the columns from M' on are
-    never positive; a bank's negatives are then not multiplied by zeros. Anchors without a positive give 0.
+    scores [..., B, M] (of similarity), excluded bool [B, M], positive bool [B, M'] or [1, M'] -> [..., B], one value an
+    anchor, not reduced. With M' < M the columns from M' on are never positive; a bank's negatives are then not
+    multiplied by zeros. Anchors without a positive give 0. The masks are constant; gradient goes into the scores.
+    Source: arXiv 2104.12565, with the class mean of SupCon (arXiv 2004.11362).
     """
     # The lowest finite number instead of -inf: exp gives the same 0, and a row without candidates stays finite.
     partition = scores.masked_fill(excluded, torch.finfo(scores.dtype).min).logsumexp(-1)  # [..., B]
@@ -145,7 +148,7 @@ def mean_over_anchors(per_anchor, valid):
 # ---------------------------------------------------------------- the four losses on a pair of students
 
 def vcl(z, labels, tau=0.1):
-    """Vanilla contrastive loss of one student: mean over i of nce(similarity(z, z, tau), positive, excluded)_i.
+    """Vanilla contrastive loss of one student: the mean over i of nce(similarity(z, z, tau), positive, excluded)_i.
 
     positive, excluded = batch_masks(labels): column j is sample j, never i itself.
     z [B, D], labels [B] -> scalar, the mean over the anchors that have a positive. Source: arXiv 2104.12565.

@@ -11,7 +11,8 @@ theta   params        students, branches and embedding MLPs
 v       v             momentum buffers of the virtual steps, 0 at first    as theta
 Q       inner_steps   virtual steps on the contrastive loss; one more on   2
                       the task loss follows, so k = 0 .. Q
-eta     lr            learning rate of the virtual steps                   0.1, by the schedule
+eta     lr            learning rate of the virtual steps, which are plain  0.1, by the schedule
+                      momentum SGD; ordinary and phi's are Nesterov
 mu      momentum                                                           0.9
 wd      weight_decay                                                       5e-4
 """

@@ -27,12 +27,14 @@ class Outputs(NamedTuple):
     logits      [N, L, B, C]
     embeddings  [N, L, B, D], unit rows; None without embedding MLPs
     maps        afd: N tensors [B, c, h, w], the last stages' maps at one size
+    extra       what else a method's `forward` hands to its `terms`: tensors, in any nesting
     """
 
     features: list
     logits: Tensor
     embeddings: Tensor | None = None
     maps: list | None = None
+    extra: object = None
 
 
 class SecondStep(NamedTuple):
@@ -63,6 +65,7 @@ class Method(nn.Module):
     """The base of all methods: a cohort of students, and one cross-entropy for every head there is."""
 
     branches = embeddings = False  # what the cohort has beside its backbones
+    T = None  # the KL terms' temperature, where it is no option
     mutual = True  # students teach each other, so one alone learns nothing from it
 
     @staticmethod
@@ -154,10 +157,12 @@ class DeepSupervision(Method):
 class DML(Method):
     """backbones alone, deep mutual learning: KL towards every other's prediction, T = 1 (CVPR 2018)"""
 
+    T = 1.0
+
     def terms(self, outputs, labels, rows):
         logits = outputs.logits
         return {"ce": (1, losses.cross_entropy(logits, labels)),
-                "kd": (1, losses.mutual_distillation(logits[:, -1], T=1.0))}
+                "kd": (1, losses.mutual_distillation(logits[:, -1], self.T))}
 
 
 class MCL(Method):
@@ -216,7 +221,12 @@ class MCL(Method):
                 "--soft-ramp, a larger --weight-vcl and --weight-icl, or more epochs (docs/RUNNING.md)")
 
     def weighted(self, values):
-        """alpha VCL + beta ICL + gamma Soft VCL + lam Soft ICL, as terms; the gains are logged only."""
+        """alpha VCL + beta ICL + r gamma Soft VCL + r lam Soft ICL, as terms {name: (weight, value)}.
+
+        values: the dict of scalars of losses.mcl_loss, lmcl_loss or their bank forms; alpha, beta,
+        gamma, lam: the --weight options; r: this epoch's share, see start_epoch. The gains get None:
+        they are logged only. Source: arXiv 2207.11518, but for r.
+        """
         weights = dict(vcl=self.args.weight_vcl, icl=self.args.weight_icl,
                        soft_vcl=self.soft_share * self.args.weight_soft_vcl,
                        soft_icl=self.soft_share * self.args.weight_soft_icl)
@@ -445,6 +455,19 @@ def check_terms(method, terms):
             raise UserError(f"{name}: the value of {term!r} is no tensor with one number: it must be {form}")
     if all(weight is None for weight, _ in terms.values()):
         raise UserError(f"{name} has no weight but None, so nothing is trained")
+
+
+def check_second(method):
+    """Raises UserError where a method's `second` is not what train.py's loop takes."""
+    second, name = method.second, f"{type(method).__name__}.second"
+    if second is None:
+        return
+    if not isinstance(second, SecondStep):
+        raise UserError(f"{name} is a {type(second).__name__}: it must be a methods.SecondStep, or None")
+    if not isinstance(second.network, nn.Module) or not any(True for _ in second.network.parameters()):
+        raise UserError(f"{name} has no network with parameters to train: give it one, or do without the second step")
+    if not isinstance(second.every, int) or second.every < 1:
+        raise UserError(f"{name} is made after every {second.every!r} steps: it must be a whole number from 1 on")
 
 
 def as_logged(loss, terms):

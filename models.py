@@ -18,6 +18,7 @@ agg_a    sum_l g_l * logits_a^l, g = softmax(MLP_a)    [N, B, C]
 n, K, D  training images, negatives, embedding width   memory bank: rows [N, L, n, D]
 """
 
+import logging
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -25,7 +26,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from support import seeds
 from support.architectures import ARCHITECTURES, ExistingNetwork, architecture, conv, make_parts
@@ -386,9 +386,18 @@ def evaluation(module):
 
 def multiply_adds(module, image_size=32):
     """Multiply-adds of convolutions and linear layers for one image, by PyTorch's counter."""
+    logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)  # "triton not found" on a CPU
+    from torch.utils.flop_counter import FlopCounterMode
     with evaluation(module), FlopCounterMode(display=False) as counter:
         module(next(module.parameters()).new_zeros(1, 3, image_size, image_size))
     return counter.get_total_flops() // 2
+
+
+def map_sizes(backbone, image_size):
+    """The sides of the maps after the stem and after the last stage, in pixels."""
+    with evaluation(backbone):
+        stem = backbone.stem(next(backbone.parameters()).new_zeros(2, 3, image_size, image_size))
+        return stem.shape[-1], Stages.maps(backbone, stem)[-1].shape[-1]
 
 
 def cost(module, image_size=32):

@@ -56,8 +56,10 @@ KINDS = (".pt2", ".onnx", ".pt")
 # ---------------------------------------------------------------- a trained student
 
 class TrainedStudent(models.Backbone):
-    """A student of a file, in eval mode. Called with normalised images [B, 3, H, W], returns logits [B, C].
+    """A student of a file. Called with normalised images [B, 3, H, W], returns logits [B, C].
 
+    Stays in eval mode, also inside a module that is put into training: a teacher whose batch statistics
+    moved would be another one.
     Has the file's facts as attributes: architecture, classes, mean, std, image_size, resize; see
     support.files.student_file.
     """
@@ -68,6 +70,9 @@ class TrainedStudent(models.Backbone):
             setattr(self, fact, content[fact])
         load_state(self, self.architecture, content["state_dict"], "the student file")
         self.eval()
+
+    def train(self, mode=True):
+        return super().train(False)
 
     def crop(self, image):
         """A Pillow image of any mode, or uint8 [3, H, W] -> uint8 [3, image_size, image_size].

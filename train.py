@@ -1,6 +1,6 @@
 """Train N students together by layer-wise mutual contrastive learning (L-MCL), or by one of its baselines.
 
-    python train.py --dataset synthetic --arch resnet8 --epochs 3      # two minutes on two cores, no download
+    python train.py --dataset synthetic --arch resnet8 --num-nets 2 --epochs 4 --batch-size 32 --lr 0.05
     python train.py --arch resnet32 --num-nets 2                       # CIFAR-100, the published recipe
     python train.py --arch resnet56 wrn_40_2                           # two different students
     python train.py --arch resnet32 --method independent               # the published baseline
@@ -18,6 +18,7 @@ import support.interrupt  # noqa: F401  first: Ctrl-C while libraries load
 import functools
 import itertools
 import math
+import shlex
 
 import torch
 from torch.utils._pytree import tree_map
@@ -26,14 +27,14 @@ import data
 import meta
 import models
 import options
-from methods import METHODS, as_logged, check_terms
+from methods import METHODS, as_logged, check_second, check_terms
 from support import seeds
 from support.console import Signals, UserError, one_line_errors, say
 from support.cuda_graphs import CUDAGraphs, check_graphs, draws_random_numbers
 from support.files import load_pretrained, student_file, torch_bytes, write
 from support.picture import matching_picture
 from support.processes import Processes, be_deterministic, device_name, pick_device
-from support.run import OutDir, Run
+from support.run import OutDir, Run, own_code
 
 # ---------------------------------------------------------------- the algorithm
 
@@ -201,15 +202,18 @@ def build(args, dataset, resumed=False):
 
 @torch.no_grad()
 def formula(args, method):
-    """The loss in words, from the terms of two black images. Raises UserError for wrong terms."""
+    """The loss in words, from the terms of two black images. Raises UserError for wrong ones, or a wrong `second`."""
     images = torch.zeros(2, 3, args.image_size, args.image_size, device=args.device)
     labels = torch.zeros(2, dtype=torch.int64, device=args.device)
     rows = method.bank.sample(labels, 0, 0) if method.bank else None
+    check_second(method)
     terms = method.eval().terms(method(images), labels, rows)
     check_terms(method, terms)
     weights = {name: weight for name, (weight, _) in terms.items() if weight is not None}
     words = [name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items()]
-    own = [f"{name} {vars(args)[name]}" for name in ("tau", "T", "contrast") if name in vars(args)]
+    options = dict(T=method.T) if method.T else {}
+    options |= {name: vars(args)[name] for name in ("tau", "T", "contrast") if name in vars(args)}
+    own = [f"{name} {value}" for name, value in options.items()]
     return " + ".join(words) + ("; " + ", ".join(own) if own else "")
 
 
@@ -236,6 +240,11 @@ def report(args, dataset, method, run, loss_in_words):
     drops = f", drops at {args.milestones}" if args.schedule == "multistep" else ""
     say(f"steps      {args.epochs} epochs of {run.steps_per_epoch} steps of {args.batch_size} = {total:,}"
         f"{end}; {args.schedule} schedule{drops}")
+    for name, student in dict(zip(args.arch, students, strict=True)).items():
+        stem, last = models.map_sizes(student.backbone, size)
+        if last <= 2:
+            say(f"warning    {name}: of {size}x{size} pixels its stem leaves {stem}x{stem} and its last stage "
+                f"{last}x{last}; a larger --image-size, or a student for small images, may serve better")
     if len(students) == 1 and method.mutual:
         say(f"warning    one student has no peers: what {args.method} adds to cross-entropy is 0, or its own")
     second, end = method.second, min(total, args.max_steps or total)
@@ -277,7 +286,8 @@ def start(args, out, found, dataset, method, loss_in_words, processes, signals):
     processes.start(args.device)
     processes.broadcast(method)
     method.gather = processes.gather
-    run = Run(args, out, method, method.optimizers(), metadata=dataset.facts(),
+    metadata = dict(dataset.facts(), code=own_code(args.model_file, method))
+    run = Run(args, out, method, method.optimizers(), metadata=metadata,
               steps_per_epoch=dataset.steps_per_epoch(args.batch_size),
               images_per_epoch=len(dataset.train_labels), processes=processes, signals=signals)
     if run.is_main:
@@ -289,7 +299,8 @@ def start(args, out, found, dataset, method, loss_in_words, processes, signals):
         for a, (name, student) in enumerate(zip(args.arch, method.cohort.students, strict=True), start=1):
             content = student_file(student.backbone, name, run.metadata)
             write(out / f"student_{a}_{name}.pt", torch_bytes(content))
-    run.say_end("mean top-1", f"python predict.py --student {out}/student_1_{args.arch[0]}.pt IMAGE")
+    first = shlex.quote(f"{out}/student_1_{args.arch[0]}.pt")
+    run.say_end("mean top-1", f"python predict.py --student {first} IMAGE")
     processes.stop()
 
 

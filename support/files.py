@@ -53,9 +53,7 @@ def link(path, name):
     temporary.unlink(missing_ok=True)
     try:
         os.link(path, temporary)
-    except OSError as error:  # FAT and some network file systems have no hard links
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-            raise
+    except OSError:  # FAT and some network file systems have no hard links, and say so in many ways
         shutil.copyfile(path, temporary)
     os.replace(temporary, name)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -278,8 +279,8 @@ class Run:
             left = min(left, steps * self.images_per_epoch / self.steps_per_epoch)
         left = int(left / speed)
         clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-        show_line(f"{epoch}  step {self.step}/{self.steps_per_epoch}  loss "
-                  f"{self.means()['loss']:.3f}  {speed:.0f} images/s  {clock} left  {doing}")
+        show_line(f"{epoch}  {clock} left  step {self.step}/{self.steps_per_epoch}  loss "  # narrow terminals cut
+                  f"{self.means()['loss']:.3f}  {speed:.0f} images/s  {doing}")
 
     def begin(self, found):
         """Go on from a checkpoint's state if there is one (it is emptied), and write the log."""
@@ -375,6 +376,9 @@ class Run:
         if state["digest"] != self.metadata["digest"]:
             raise UserError(f"{path} was made on training images of other names or another number: "
                             "give the same --data-dir, or another --out-dir")
+        if "code" in state and state["code"] != self.metadata.get("code"):
+            raise UserError(f"the file of your own method or students has changed since {path} was made: give back "
+                            "what it was, or another --out-dir")
         load_into(self.model, state["model"], path)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -404,6 +408,19 @@ def board_writer():
         raise UserError("--tensorboard wants a package that is not here: "
                         "pip install tensorboard") from None
     return SummaryWriter
+
+
+def own_code(model_file, method=None):
+    """SHA-256, 16 digits, of the files that hold a user's own method and --model-file; None without any."""
+    modules = {c.__module__: sys.modules.get(c.__module__) for c in type(method).__mro__}
+    texts = []
+    for name, module in sorted(modules.items()):
+        if name not in ("methods", "builtins") and not name.startswith("torch."):
+            with contextlib.suppress(OSError, TypeError):  # made in an interpreter
+                texts.append(inspect.getsource(module).encode())
+    if model_file:
+        texts.append(Path(model_file).read_bytes())
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:16] if texts else None
 
 
 def fingerprint(module):

@@ -21,12 +21,12 @@ def epoch(number, *top1, on="test", **more):
     return {"epoch": number, "step": 10 * number, f"{on}_top1": list(top1), **more}
 
 
-def write_log(folder, *epochs, classes=("a", "b"), **args):
+def write_log(folder, *epochs, classes=("a", "b"), header=(), **args):
     """A run's folder: args over the defaults in the log's first line, then the epochs."""
     args = {"method": "lmcl", "arch": ["resnet8", "resnet20"], "epochs": 2, "seed": 0, "max_steps": 0,
             "out_dir": str(folder), **args}
     folder.mkdir()
-    lines = [{"command": "", "args": args, "classes": classes}, *epochs]
+    lines = [{"command": "", "args": args, "classes": classes, **dict(header)}, *epochs]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -125,6 +125,30 @@ def test_runs_on_other_images_are_another_group(tmp_path, capsys):
         log.write_text(log.read_text().replace('"command"', f'"digest": "{path.name}", "command"', 1))
     _, rows, _ = run(capsys, *paths)
     assert [row["digest"] for row in rows] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("name", "values"), [("code", ["a", "b"]), ("processes", [1, 2])])
+def test_runs_of_other_code_or_more_processes_are_another_group(tmp_path, capsys, name, values):
+    """Seed 0 of each: two rows, not one of two seeds. A log without it joins where there is one value."""
+    paths = [write_log(tmp_path / str(value), epoch(2, 5, 5), header={name: value}) for value in values]
+    _, rows, _ = run(capsys, *paths)
+    assert [(row[name], row["n (seeds)"]) for row in rows] == [(str(value), "1 (0)") for value in values]
+    older = write_log(tmp_path / "older", epoch(2, 5, 5), seed=1)
+    _, rows, _ = run(capsys, paths[0], older)
+    assert [row["n (seeds)"] for row in rows] == ["2 (0 1)"]
+
+
+def test_rows_of_the_same_seeds_are_compared_seed_by_seed(tmp_path, capsys):
+    """The spread of differences, not the difference of spreads; other seeds: none. A seed that is twice in a row."""
+    scores = dict(mcl=[10, 20, 60], lmcl=[12, 23, 61], dml=[1, 2])
+    paths = [write_log(tmp_path / f"{method}{seed}", epoch(2, score - 1, score + 1), method=method, seed=seed)
+             for method, values in scores.items() for seed, score in enumerate(values)]
+    _, rows, errors = run(capsys, *paths)
+    column = "mean less row 1's, by seed"
+    assert [row[column] for row in rows] == ["", "2.00 +- 1.00", ""] and not errors
+    again = write_log(tmp_path / "again", epoch(2, 0, 0), method="dml", seed=1)
+    _, rows, errors = run(capsys, *paths[-2:], again)
+    assert errors == ["compare.py: row 1: seed 1 occurs more than once"] and column not in rows[0]
 
 
 def test_runs_on_other_classes_are_another_group(tmp_path, capsys):

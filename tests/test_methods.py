@@ -1,8 +1,11 @@
 """methods.py: each method's loss against its formula, its second step, and a method of a user's own."""
 
 import copy
+import importlib
 import itertools
+import linecache
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ import meta
 import options
 import train
 from conftest import bits
-from methods import METHODS, Method, check_terms
+from methods import METHODS, Method, SecondStep, check_terms
 from support.console import UserError
 from support.processes import Processes
 from support.run import Run
@@ -429,6 +432,8 @@ def test_operations_of_a_step():
 class KDCL(Method):
     """README's: KL towards the smallest of all students' logits, each less its true class's (CVPR 2020)"""
 
+    T = 3.0
+
     @staticmethod
     def add_options(group):
         group.add_argument("--weight-kd", type=float, default=1.0, help="of the KL term (1)")
@@ -436,8 +441,56 @@ class KDCL(Method):
     def terms(self, outputs, labels, rows):
         logits = outputs.logits[:, -1]  # [N, B, C]
         true = logits.gather(-1, labels.expand(len(logits), -1)[..., None])  # [N, B, 1]
-        kd = losses.distillation(logits, (logits - true).amin(0), T=3.0).sum()
+        kd = losses.distillation(logits, (logits - true).amin(0), self.T).sum()
         return {"ce": (1, losses.cross_entropy(logits, labels)), "kd": (self.args.weight_kd, kd)}
+
+
+SECOND = """
+import torch, methods
+class Mine(methods.Method):
+    margin = {margin}
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.second = {second}
+"""
+
+
+def test_an_edited_method_is_another_one(run, capsys, monkeypatch, tmp_path):
+    """The log's first line has a digest of the method's file; --resume names the change."""
+    def define(margin):
+        Path("mine.py").write_text(SECOND.format(margin=margin, second=None))
+        sys.modules.pop("mine", None)
+        importlib.invalidate_caches()
+        monkeypatch.setitem(METHODS, "mine", importlib.import_module("mine").Mine)
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would outlive an edit in the same second
+    codes = []
+    for margin, out in ((1, "a"), (1, "b"), (2, "c")):
+        linecache.clearcache()
+        define(margin)
+        codes.append(run("--method", "mine", "--max-steps", 1, out=out)[0]["code"])
+    assert codes[0] == codes[1] != codes[2]
+    with pytest.raises(SystemExit):
+        run("--method", "mine", "--resume", out="a")
+    error = capsys.readouterr().err
+    assert "own method or students has changed since a/last.pt was made" in error and error.count("\n") == 1
+    run("--method", "mine", "--resume", out="c", epochs=2)
+    assert run("--method", "dml", "--max-steps", 1, out="ours")[0]["code"] is None
+    sys.modules.pop("mine")
+
+
+@pytest.mark.parametrize(("second", "words"), [
+    (lambda: "step", "is a str"), (lambda: SecondStep("s", 1, None, print), "has no network"),
+    (lambda: SecondStep("s", 1, torch.nn.ReLU(), print), "has no network with parameters"),
+    (lambda: SecondStep("s", 0, torch.nn.Linear(1, 1), print), "is made after every 0 steps")])
+def test_a_wrong_second_step_is_said_at_the_start(kdcl, run, monkeypatch, capsys, second, words):
+    true = KDCL.__init__
+    monkeypatch.setattr(KDCL, "__init__", lambda self, *a: (true(self, *a), setattr(self, "second", second()))[0])
+    with pytest.raises(SystemExit):
+        run("--method", "kdcl")
+    error = capsys.readouterr().err
+    assert f"KDCL.second {words}" in error and error.count("\n") == 1 and not Path("out/last.pt").exists()
 
 
 @pytest.fixture
@@ -445,7 +498,7 @@ def kdcl(monkeypatch):
     monkeypatch.setitem(METHODS, "kdcl", KDCL)
 
 
-def test_a_method_of_ones_own(kdcl, run, monkeypatch):
+def test_a_method_of_ones_own(kdcl, run, monkeypatch, capsys):
     """The loss by hand, and a run."""
     monkeypatch.setattr(KDCL, "__doc__", None)  # a user may leave it out
     method, x, y = make("kdcl", "--weight-kd", "0.5")
@@ -459,6 +512,10 @@ def test_a_method_of_ones_own(kdcl, run, monkeypatch):
     assert line["kd"] == pytest.approx(0.5 * line["unweighted_kd"], rel=1e-4)  # the log rounds
     assert line["loss"] == pytest.approx(line["ce"] + line["kd"], rel=1e-4)
     assert not Path("out/matching.png").exists()
+    printed = capsys.readouterr().out
+    assert "loss       kdcl: ce + 0.5 kd; T 3.0\n" in printed
+    run("--method", "dml", "--max-steps", 1, out="dml")
+    assert "loss       dml: ce + kd; T 1.0\n" in capsys.readouterr().out
 
 
 def test_options_of_a_method_of_ones_own(kdcl, capsys):

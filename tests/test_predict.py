@@ -1,8 +1,11 @@
 """predict.py: pictures, evaluation and export of student files, last.pt and best.pt."""
 
-import json
+import importlib
+import os
 import shutil
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+import methods
 import predict
 import train
 from conftest import flags, read_log
@@ -154,37 +158,85 @@ def batch(count):
     return torch.randint(256, (count, 3, 16, 16), generator=draw, dtype=torch.uint8)
 
 
-def test_export_for_pytorch(use, out, monkeypatch):
-    """torch.export.load alone reads it: uint8 of any batch size in, probabilities out, classes beside."""
+ELSEWHERE = """
+import json, sys, torch
+batches, extra = torch.load("batches.pt"), {"classes.json": ""}
+network = torch.export.load("new/net.pt2", extra_files=extra).module()
+found = {"pt2": [network(x) for x in batches], "classes": json.loads(extra["classes.json"])}
+assert "mean_std" in dict(network.named_buffers())  # so that it moves to another device
+if len(sys.argv) > 1:
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+    model = onnx.load("net.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    found["onnx"] = [torch.tensor(ReferenceEvaluator(model).run(None, {"images": x.numpy()})[0]) for x in batches]
+    assert json.loads({p.key: p.value for p in model.metadata_props}["classes"]) == found["classes"]
+    (given,), (result,) = model.graph.input, model.graph.output
+    assert (given.name, result.name) == ("images", "probabilities")
+    assert given.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+torch.save(found, "found.pt")
+"""
+
+
+def test_exported_networks_need_nothing_of_ours(use, out):
+    """In a process that starts in another folder: uint8 of any batch size in, probabilities out, classes beside."""
     line, = use("--student", out / "student_2_small_12.pt", "--export", "new/net.pt2")
     assert line == "student 1  small_12: new/net.pt2, uint8 [B, 3, 16, 16] -> probabilities, 6 classes"
-    own = student(out, 2)
-    with monkeypatch.context() as alone:
-        for name, module in list(sys.modules.items()):
-            if Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT):
-                alone.setitem(sys.modules, name, None)  # importing it fails
-        extra = {"classes.json": ""}
-        network = torch.export.load("new/net.pt2", extra_files=extra).module()
-        for count in (1, 5):
-            torch.testing.assert_close(network(batch(count)), expected(own, batch(count)))
-    assert "mean_std" in dict(network.named_buffers())  # so that it moves to another device
-    assert json.loads(extra["classes.json"]) == own.classes == [f"class{c}" for c in range(6)]
+    onnx = [package for package in ("onnx", "onnxscript") if importlib.util.find_spec(package)]
+    if len(onnx) == 2:
+        use("--student", out / "student_2_small_12.pt", "--export", "net.onnx")
+    batches, own = [batch(1), batch(5)], student(out, 2)
+    torch.save(batches, "batches.pt")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", "-c", ELSEWHERE, *onnx[1:]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = torch.load("found.pt")
+    assert found.pop("classes") == own.classes == [f"class{c}" for c in range(6)]
+    assert found.keys() == ({"pt2", "onnx"} if len(onnx) == 2 else {"pt2"})
+    for probabilities in found.values():
+        for x, p in zip(batches, probabilities, strict=True):
+            torch.testing.assert_close(p, expected(own, x), rtol=0, atol=1e-5)
 
 
-def test_export_for_onnx(use, out):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    from onnx.reference import ReferenceEvaluator
-    use("--student", out / "student_1_small.pt", "--export", "net.onnx")
-    model, own = onnx.load("net.onnx"), student(out, 1)
-    onnx.checker.check_model(model, full_check=True)
-    assert json.loads({p.key: p.value for p in model.metadata_props}["classes"]) == own.classes
-    (given,), (found,) = model.graph.input, model.graph.output
-    assert (given.name, found.name) == ("images", "probabilities")
-    assert given.type.tensor_type.elem_type == onnx.TensorProto.UINT8
-    for count in (1, 5):
-        found, = ReferenceEvaluator(model).run(None, {"images": batch(count).numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), expected(own, batch(count)))
+TEACHING = """
+import losses, methods, predict, train
+
+class Offline(methods.Method):
+    \"\"\"backbones alone, cross-entropy and KL towards a trained student that stays as it is\"\"\"
+    @staticmethod
+    def add_options(group): group.add_argument("--teacher", required=True, help="a student file")
+    def __init__(self, *setting):
+        super().__init__(*setting)
+        self.teacher = predict.load_student(self.args.teacher).requires_grad_(False)
+    def forward(self, images):
+        return super().forward(images)._replace(extra=self.teacher(images))
+    def terms(self, outputs, labels, rows):
+        kd = losses.distillation(outputs.logits[:, -1], outputs.extra, T=4.0).sum()
+        return {"ce": (1, losses.cross_entropy(outputs.logits, labels)), "kd": (1, kd)}
+
+methods.METHODS["offline"] = Offline
+"""
+
+
+def test_a_trained_student_teaches_and_stays_as_it_is(out, run, monkeypatch):
+    """RUNNING.md's offline distillation: not a bit of the teacher moves, in any mode of what holds it."""
+    page = (ROOT / "docs/RUNNING.md").read_text()
+    shown = page[page.index("class Offline"):page.index('methods.METHODS["offline"]')]
+    assert shown.strip() in textwrap.dedent(TEACHING)
+    monkeypatch.setattr(methods, "METHODS", methods.METHODS.copy())
+    monkeypatch.setitem(methods.METHODS, "offline", None)
+    exec(TEACHING, {})
+    teacher = student(out, 1)
+    monkeypatch.setitem(sys.modules["options"].METHODS, "offline", methods.METHODS["offline"])
+    monkeypatch.setitem(train.METHODS, "offline", methods.METHODS["offline"])
+    _, line = run("--method", "offline", "--teacher", out / "student_1_small.pt", out="taught", epochs=1)
+    assert line["kd"] > 0
+    state = files.load_checkpoint("taught/last.pt")["model"]
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(state[f"teacher.{name}"], value)
+    teacher.train()
+    assert not any(module.training for module in teacher.modules())
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,9 +140,10 @@ def test_a_reader_at_any_moment_finds_a_whole_file(tmp_path, monkeypatch):
     assert {p.name for p in tmp_path.iterdir()} == {"last", "previous"}
 
 
-def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [1, 5, 22, 95])  # EPERM, EIO, EINVAL, ENOTSUP
+def test_a_file_system_without_hard_links(number, tmp_path, monkeypatch):
     def no_links(*args):
-        raise OSError(1, "Operation not permitted")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "link", no_links)
     for content in (b"one", b"two", b"three"):
@@ -170,6 +172,9 @@ def test_a_failure_to_write_leaves_what_was_there(where, fails_at, tmp_path, mon
             patched.setattr(files, "open", failing(open), raising=False)
         elif where != "write":
             patched.setattr(os, where, failing(getattr(os, where)))
+            if where == "link":  # then it is copied, which needs room
+                patched.setattr(shutil, "copyfile", lambda *args: failing(None)(*args))
+                calls = itertools.cycle([fails_at])
         try:
             if where == "write":  # the system itself stops it half-way
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
@@ -452,7 +457,7 @@ def test_progress_is_one_line_on_a_terminal(tmp_path, capsys, monkeypatch):
         run.add({"loss": torch.tensor(loss)}, images=2)
     now[0] += 2
     with run.evaluating():  # 4 images in 2 s; 4 are left of 2 steps
-        assert shown() == "\r\033[Kepoch 1/2  step 2/3  loss 1.500  2 images/s  0:00:02 left  evaluation"
+        assert shown() == "\r\033[Kepoch 1/2  0:00:02 left  step 2/3  loss 1.500  2 images/s  evaluation"
         now[0] += 0.9
         run.after_step()
         assert shown() == ""  # at most one a second
