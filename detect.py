@@ -38,7 +38,7 @@ from support.coco import Plan, load_splits
 from support.console import Signals, UserError, one_line_errors, say, shorten
 from support.images import pictures, read_in_order
 from support.processes import Processes, be_deterministic, device_name, pick_device
-from support.run import OutDir, Run
+from support.run import OutDir, Run, fill_gradients
 
 try:
     from pycocotools import cocoeval
@@ -88,8 +88,7 @@ def train_step(args, model, run, images, targets):
     logged = {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]  # none if frozen
     statistics = [s for m in norms for s in (m.running_mean, m.running_var)]
-    (group,) = run.optimizers[0].param_groups
-    gradients = [p.grad for p in group["params"]]
+    gradients = fill_gradients(run.optimizers[0])
     run.processes.average_in_place([*gradients, *statistics, *logged.values()])
     run.optimizers[0].step()
     return logged

@@ -17,6 +17,7 @@ mu      momentum                                                           0.9
 wd      weight_decay                                                       5e-4
 """
 
+import copy
 import warnings
 from contextlib import contextmanager
 
@@ -25,7 +26,9 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from support.console import UserError, first_line
 from support.second_order import FastSecondDerivatives
 
 
@@ -219,7 +222,7 @@ def average_gradients(module, average):
 # ---------------------------------------------------------------- the meta step
 
 def meta_step(students, matching_network, optimizer, images, inner_loss, outer_loss, *, inner_steps,
-              lr, momentum, weight_decay, average=None, moving=False):
+              lr, momentum, weight_decay, average=None, moving=False, forward_mode=True):
     """One step of the meta-network's optimizer along the exact hypergradient; nothing else keeps a trace.
 
     students(images) -> (features, embeddings, logits): the module whose parameters are theta;
@@ -239,9 +242,11 @@ def meta_step(students, matching_network, optimizer, images, inner_loss, outer_l
     virtual step. g_k then contains what the students gain by changing lambda through their
     features, and depends on phi by two roads, the values of lambda and their derivative for theta.
     The recursion is the same, with phi's parameters as meta_params. In both, phi acts behind the
-    last normalisation layer, so the first step goes by forward mode.
+    last normalisation layer, so the first step goes by forward mode, unless a layer lacks it
+    (forward_mode=False).
 
-    Batch normalisation uses the batch's statistics; dropout has the same masks in every pass.
+    Batch normalisation uses the batch's statistics; dropout has the same masks in every pass; any
+    other buffer that a forward pass moves starts each pass from what it is.
     Source: arXiv 2207.11518.
     """
     params = {name: p for name, p in students.named_parameters() if p.requires_grad}
@@ -251,11 +256,14 @@ def meta_step(students, matching_network, optimizer, images, inner_loss, outer_l
     # a CUDA graph seeds no generator
     capturing = images.is_cuda and torch.cuda.is_current_stream_capturing()
 
+    moved = buffers_in_training(students)
+
     def forward(theta):
         if not capturing:
             for generator in generators:
                 generator.manual_seed(0)
-        return functional_call(students, dict(zip(params, theta, strict=True)), (images,))
+        tensors = dict(zip(params, theta, strict=True)) | {name: b.clone() for name, b in moved.items()}
+        return functional_call(students, tensors, (images,))
 
     def hypergradient_for(meta_params, matching):
         def inner(theta):
@@ -264,10 +272,10 @@ def meta_step(students, matching_network, optimizer, images, inner_loss, outer_l
 
         return _local_hypergradient(
             inner, lambda theta: outer_loss(forward(theta)[2]), list(params.values()), meta_params,
-            inner_steps, lr, momentum, weight_decay, forward_mode=True, average=average)
+            inner_steps, lr, momentum, weight_decay, forward_mode, average)
 
     same_dropout = torch.random.fork_rng(devices, enabled=not capturing)
-    with batch_statistics(students), no_tf32(), same_dropout:
+    with batch_statistics(students), no_tf32(), same_dropout, sdpa_kernel(SDPBackend.MATH):
         optimizer.zero_grad()
         if moving:
             phi = [p for p in matching_network.parameters() if p.requires_grad]
@@ -284,10 +292,117 @@ def meta_step(students, matching_network, optimizer, images, inner_loss, outer_l
     optimizer.step()
 
 
+def buffers_in_training(module):
+    """The buffers that a forward pass in training may move, by name, but for batch normalisation's."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    theirs = {id(b) for m in norms for b in m.buffers(recurse=False)}
+    return {name: b for name, b in module.named_buffers() if id(b) not in theirs}
+
+
+class DerivativeTrial:
+    """Runs a part of a student, and tries on it what the meta step does. Raises UserError where that fails.
+
+    trial(title, module, x), a map [2, c, h, w] -> module(x), as models.Cohort.check wants it. On a
+    copy in training mode, in float64 where the part can: two backward passes must go, and the
+    gradient at parameters that the part is called with, as in a virtual step, must be the one at
+    the same parameters put into it. This finds layers without a second derivative, and code that
+    runs in the backward pass and sees other parameters there (activation checkpointing).
+
+    forward_mode: whether forward mode gave the directional derivative in all parts.
+    """
+
+    def __init__(self):
+        self.forward_mode = True
+
+    def __call__(self, title, module, x):
+        self.differentiate(title, module, x)
+        return module(x)
+
+    def differentiate(self, title, module, x):
+        copied = copy.deepcopy(module).train()
+        dtype = torch.float64 if runs_in_double(copied, x) else x.dtype
+        copied.to(dtype)
+        params = {name: p for name, p in copied.named_parameters() if p.requires_grad}
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, dtype)
+        buffers, inputs, weight = buffers_in_training(copied), [*params.values(), draw(x)], None
+        flat = FlatVector(inputs)
+
+        def loss(theta):
+            nonlocal weight
+            torch.manual_seed(0)
+            *values, x = flat.views(theta)
+            tensors = dict(zip(params, values, strict=True)) | {name: b.clone() for name, b in buffers.items()}
+            y = functional_call(copied, tensors, (x,))
+            weight = draw(y) if weight is None else weight
+            return (y * weight).sum()
+
+        theta = flat.concatenate(inputs)
+        u = draw(theta)
+        fork = torch.random.fork_rng([x.device] if x.is_cuda else [])
+        with fork, batch_statistics(copied), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            try:
+                theta.requires_grad_()
+                with FastSecondDerivatives():
+                    g, = _grad(loss(theta), [theta], create_graph=True)
+                if any(node.name().endswith("Error") for node in nodes(g)):  # once_differentiable's, never reached
+                    raise NotImplementedError("a layer is marked with once_differentiable")
+                _grad(g @ u, [theta])
+            except Exception as error:  # a user's layer raises what it likes
+                raise UserError(f"{title} cannot be differentiated twice, as the meta step wants "
+                                f"({first_line(error)}): use other layers, or --matching uniform") from error
+            theta, g = theta.detach(), g.detach()
+            self.forward_mode = self.forward_mode and has_tangent(loss, theta, u, g @ u)
+            moved = theta + 0.1 * u * theta.abs().mean()
+            g, = _gradients(loss, moved)
+            *values, x = flat.views(moved)
+            with torch.no_grad():
+                for p, value in zip(params.values(), values, strict=True):
+                    p.copy_(value)
+            torch.manual_seed(0)
+            x = x.detach().requires_grad_()
+            inside = _grad((copied(x) * weight).sum(), [*params.values(), x])
+            if (g - flat.concatenate(inside)).norm() > 1e-3 * g.norm():
+                raise UserError(f"{title} computes in the backward pass, as activation checkpointing does, where it does "
+                                "not see the meta step's parameters: leave that out, or --matching uniform")
+
+
+def nodes(tensor):
+    """The nodes of a tensor's graph."""
+    found, waiting = set(), [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return found
+
+
+def runs_in_double(module, x):
+    try:
+        with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+            copy.deepcopy(module).double()(x.double())
+    except Exception:  # a user's layer may make float32 tensors of its own
+        return False
+    return True
+
+
+def has_tangent(loss, theta, u, exact):
+    """Whether forward mode gives the derivative of the loss along u."""
+    try:
+        with forward_ad.dual_level(), warnings.catch_warnings(), FastSecondDerivatives():
+            warnings.simplefilter("ignore")
+            tangent = forward_ad.unpack_dual(loss(forward_ad.make_dual(theta, u))).tangent
+    except Exception:  # a layer lacks it
+        return False
+    return tangent is not None and bool((tangent - exact).abs() <= 1e-3 * (1 + exact.abs()))
+
+
 @contextmanager
 def batch_statistics(module):
     """Batch normalisation in training uses the batch's statistics and leaves the running ones alone."""
-    tracking = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    tracking = [m for m in norms if m.track_running_stats]
     try:
         for m in tracking:
             m.track_running_stats = False

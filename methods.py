@@ -112,6 +112,9 @@ class Method(nn.Module):
     def after_step(self, outputs, rows):
         """After the SGD step; may be captured in a CUDA graph."""
 
+    def check(self):
+        """Before the first step: whether the method can train its students. Raises UserError."""
+
     def schedule(self):
         """What changes from epoch to epoch, in words, for the report at the start; or nothing."""
 
@@ -328,6 +331,14 @@ class LMCL(MCL):
             if len(args.arch) > 1:
                 self.second = SecondStep("meta step", args.meta_freq, self.matching_network, self.meta_step,
                                          first=args.contrast_start)
+        self.forward_mode = True
+
+    def check(self):
+        """Whether the meta step can differentiate the students twice, and the first time in forward mode."""
+        if self.second:
+            trial = meta.DerivativeTrial()
+            self.cohort.check(self.args.image_size, trial)
+            self.forward_mode = trial.forward_mode
 
     def terms(self, outputs, labels, rows):
         """sum_{a,l} CE(logits_a^l, y) + sum_a CE(agg_a, y) + sum_{a,b} KL_T(logits_a^L <- agg_b) + L-MCL."""
@@ -375,7 +386,7 @@ class LMCL(MCL):
             self.students, self.matching_network, optimizer, images, inner_loss,
             outer_loss=lambda logits: losses.cross_entropy(logits, labels),
             inner_steps=args.meta_steps, lr=lr, momentum=args.momentum, weight_decay=args.weight_decay,
-            average=average, moving=args.virtual_lambda == "moving")
+            average=average, moving=args.virtual_lambda == "moving", forward_mode=self.forward_mode)
 
 
 class AFD(Method):

@@ -143,12 +143,16 @@ class Cohort(nn.Module):
         features, logits = zip(*(student(x) for student in self.students), strict=True)
         return list(features), torch.stack(logits)  # [L, B, d_a] each; [N, L, B, C]
 
-    def check(self, image_size):
-        """Run every part once, in eval mode. Raises UserError where parts or the width do not fit."""
+    def check(self, image_size, trial=run_part):
+        """Run every part once, in eval mode. Raises UserError where parts or the width do not fit.
+
+        trial(title, module, x): how a part is run, by default as it is.
+        """
         images = next(self.parameters()).new_zeros(2, 3, image_size, image_size)
         with evaluation(self):
-            for name, width, student in zip(self.names, self.widths, self.students, strict=True):
-                check_student(name, width, student, images)
+            found = zip(self.names, self.widths, self.students, strict=True)
+            for name, width, student in {name: (name, *rest) for name, *rest in found}.values():
+                check_student(name, width, student, images, trial)
 
     def last_maps(self, x):
         """The backbones alone: the last maps, N of [B, c_a, h_a, w_a], and logits [N, 1, B, C]."""
@@ -157,7 +161,7 @@ class Cohort(nn.Module):
         return [m[-1] for m in maps], torch.stack(logits)[:, None]
 
 
-def check_student(name, width, student, images):
+def check_student(name, width, student, images, trial):
     """Run each part of the backbone and of each branch. Raises UserError where one does not fit."""
     backbone = student.backbone
     parts = ["stem", *(f"stage {s + 1}" for s in range(len(backbone.stages))), "tail"]
@@ -165,7 +169,8 @@ def check_student(name, width, student, images):
         modules = [backbone.stem, *backbone.stages[:b], *network.stages, network.tail]
         x = images
         for part, module in zip(parts, modules, strict=True):
-            x = run_part(f"student {name!r}: {part}", module, x)
+            run = run_part if b else trial  # a branch has the same layers
+            x = run(f"student {name!r}: {part}", module, x)
         if x.shape[1] != width:
             raise UserError(f"student {name!r}: width is {width}, should be {x.shape[1]}")
 

@@ -34,7 +34,7 @@ from support.cuda_graphs import CUDAGraphs, check_graphs, draws_random_numbers
 from support.files import load_pretrained, student_file, torch_bytes, write
 from support.picture import matching_picture
 from support.processes import Processes, be_deterministic, device_name, pick_device
-from support.run import OutDir, Run, own_code
+from support.run import OutDir, Run, fill_gradients, own_code
 
 # ---------------------------------------------------------------- the algorithm
 
@@ -74,15 +74,6 @@ def train_step(args, method, run, images, labels, rows):
     run.optimizers[0].step()
     method.after_step(outputs, rows)
     return logged, tree_map(lambda x: x.detach() if torch.is_tensor(x) else x, outputs)
-
-
-def fill_gradients(optimizer):
-    """The gradients of its parameters, with zeros where a step gave none, alike in all processes."""
-    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    for p in trained:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    return [p.grad for p in trained]
 
 
 def make_steps(args, dataset, method, run):
@@ -274,6 +265,7 @@ def main(argv=None):
         if found:
             dataset.check_classes(found["classes"], out / "last.pt", args.data_dir)
         method = build(args, dataset, resumed=bool(found))
+        method.check()
         loss_in_words = formula(args, method)
         with Signals("train.py", processes) as signals:
             start(args, out, found, dataset, method, loss_in_words, processes, signals)

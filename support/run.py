@@ -410,6 +410,21 @@ def board_writer():
     return SummaryWriter
 
 
+def fill_gradients(optimizer):
+    """The gradients of its parameters, with zeros where a step gave none: alike in all processes.
+
+    Stochastic depth, a mixture of parts, a layer that is unfrozen late: such a step's gradient is 0
+    there. SGD's momentum starts from 0 everywhere, since its fused form takes all buffers or none.
+    """
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    for p in trained:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        if isinstance(optimizer, torch.optim.SGD) and "momentum_buffer" not in optimizer.state[p]:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return [p.grad for p in trained]
+
+
 def own_code(model_file, method=None):
     """SHA-256, 16 digits, of the files that hold a user's own method and --model-file; None without any."""
     modules = {c.__module__: sys.modules.get(c.__module__) for c in type(method).__mro__}

@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from PIL import Image, ImageChops
 
 import meta
 from conftest import bits
+from support.console import UserError
 from support.picture import matching_picture
 
 HYPER = dict(lr=0.1, momentum=0.9, weight_decay=0.05)
@@ -452,3 +454,108 @@ def test_picture_shows_row_stage_of_the_first_student_and_column_stage_of_the_se
     cell, x0, y0 = 72, 96, 64 + 92  # side, place of the panel
     assert x0 <= left and right <= x0 + cell  # stage 1 of the second
     assert y0 + 2 * cell <= top and bottom <= y0 + 3 * cell  # stage 3 of the first
+
+
+# ---------------------------------------------------------------- students whose code the meta step does not expect
+
+class Scale(torch.autograd.Function):
+    """x^2, without forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
+class Once(Scale):
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
+class Layer(nn.Module):
+    """A 1x1 convolution with something behind it."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.convolution = nn.Conv2d(4, 4, 1)
+        if kind == "weight_norm":
+            self.convolution = nn.utils.parametrizations.weight_norm(self.convolution)
+        if kind == "spectral_norm":
+            self.convolution = nn.utils.parametrizations.spectral_norm(self.convolution)
+        if kind == "instance":
+            self.norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+        if kind == "attention":
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.register_buffer("average", torch.zeros(4))
+
+    def forward(self, x):
+        if self.kind == "checkpoint":
+            return torch.utils.checkpoint.checkpoint(self.convolution, x.tanh(), use_reentrant=False)
+        if self.kind == "random depth" and torch.rand(()) < 0.5:
+            return x
+        y = self.convolution(x)
+        if self.kind == "instance":
+            return self.norm(y)
+        if self.kind == "attention":
+            tokens = y.flatten(2).mT
+            return self.attention(tokens, tokens, tokens, need_weights=False)[0].mT.view_as(y)
+        if self.kind == "average":
+            if self.training:
+                self.average = 0.9 * self.average + 0.1 * y.detach().mean((0, 2, 3))
+            return y - self.average[:, None, None]
+        if self.kind == "moved in place":
+            if self.training:
+                self.average.mul_(0.9).add_(y.detach().mean((0, 2, 3)))
+            return y - self.average[:, None, None]
+        return {"no jvp": Scale, "raises": Once}[self.kind].apply(y) if self.kind in ("no jvp", "raises") else y
+
+
+@pytest.mark.parametrize("kind", ["no jvp", "weight_norm", "spectral_norm", "attention", "instance", "average",
+                                  "moved in place", "random depth"])
+def test_layers_that_the_meta_step_takes_as_they_are(kind):
+    """The trial says whether forward mode is there; the gradient is the definition's and no buffer is moved."""
+    students, matching, images, contrast, task = meta_setting()
+    students.bodies[0].insert(5, Layer(kind).double())
+    students.bodies[0].append(nn.Conv2d(4, 4, 1).double())
+    trial = meta.DerivativeTrial()
+    with torch.no_grad():
+        trial("part", students.bodies[0].float(), images.float())
+    assert not (trial.forward_mode and kind == "no jvp")
+    students, phi = students.double(), copy.deepcopy(matching)
+    reference, before = copy.deepcopy(students), copy.deepcopy(students.state_dict())
+    meta.meta_step(students, matching, sgd(matching), images, contrast, task, inner_steps=2,
+                   forward_mode=trial.forward_mode, **HYPER)
+    assert bits(before) == bits(students.state_dict())
+
+    params, _ = runner(reference)
+    names = [name for name, _ in reference.named_parameters()]
+    start = {name: b.clone() for name, b in reference.named_buffers()}
+
+    def call(p):
+        torch.manual_seed(0)
+        tensors = dict(zip(names, p, strict=True)) | {name: b.clone() for name, b in start.items()}
+        return torch.func.functional_call(reference, tensors, (images,))
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        weights = phi([f.detach() for f in call(params)[0]])
+        final = unrolled(lambda p: contrast(call(p)[1], weights), lambda p: task(call(p)[2]), params, None, 2, **HYPER)
+        exact = torch.autograd.grad(final, list(phi.parameters()))
+    assert distance(gradients(matching), exact) < 1e-10
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    ("checkpoint", "computes in the backward pass"), ("raises", "cannot be differentiated twice")])
+def test_layers_that_are_refused_at_the_start(kind, words):
+    part, state = nn.Sequential(Layer(kind), nn.BatchNorm2d(4), nn.ReLU()), torch.get_rng_state()
+    before = bits(part.state_dict())
+    with pytest.raises(UserError, match=words) as error:
+        meta.DerivativeTrial()("student 'mine': stage 2", part.eval(), torch.zeros(2, 4, 5, 5))
+    assert str(error.value).startswith("student 'mine': stage 2") and "--matching uniform" in str(error.value)
+    assert bits(part.state_dict()) == before and torch.equal(torch.get_rng_state(), state) and not part.training

@@ -19,7 +19,7 @@ from conftest import assert_same, flags, fork, free_port, read_log, wait
 from methods import METHODS
 from support import console
 from support.processes import Processes
-from support.run import Run, fingerprint
+from support.run import Run, fill_gradients, fingerprint
 
 PAIR, MIXED = ["--arch", "small"], ["--arch", "small", "small_12", "small"]
 BANK = ["--contrast", "bank", "--negatives", "12"]
@@ -100,7 +100,7 @@ def by_one(flags, images):
             shown.append({name: value.detach() * (weight or 1) for name, (weight, value) in terms.items()})
         for buffer, *values in zip(method.statistics(), *after, strict=True):
             buffer.copy_(sum(values) / 2)
-        train.fill_gradients(run.optimizers[0])
+        fill_gradients(run.optimizers[0])
         run.optimizers[0].step()
         for (_, _, rows), outputs in zip(pair, found, strict=True):
             if method.bank:
@@ -177,6 +177,54 @@ def test_two_processes_equal_one(flags, images, tmp_path):
     torch.testing.assert_close({k: logged[k] for k in expected_terms}, expected_terms, rtol=1e-10, atol=1e-12)
     assert worst_difference(state, {k: v for k, v in expected.items() if not k.startswith("bank.")}) < 1e-11
     assert not bank or worst_difference(state, expected) < 1e-3  # float16 rows may round apart
+
+
+class Sometimes(torch.nn.Module):
+    """A layer that some steps leave out, as stochastic depth does."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.layer, self.used = torch.nn.Conv2d(width, width, 1, bias=False), False
+
+    def forward(self, x):
+        return self.layer(x) if self.used else x
+
+
+def with_and_without(rank, images):
+    """Step 1: process 0 alone uses the layer. Step 2: none does. Step 3: a frozen one is unfrozen, late."""
+    processes = Processes()
+    processes.start(torch.device("cpu"))
+    args, dataset, method, run = setting(["--method", "independent", *PAIR], images, processes)
+    backbones = [student.backbone for student in method.cohort.students]
+    for backbone in backbones:
+        backbone.tail = Sometimes(8).double()
+    late = backbones[1].stages[1][0].weight.requires_grad_(False)
+    run.optimizers = method.optimizers()
+    processes.broadcast(method)
+    layers, seen = [backbone.tail for backbone in backbones], []
+    weight = layers[0].layer.weight
+    for step, batch in enumerate(itertools.islice(batches(dataset, method, processes.share), 3)):
+        layers[0].used = step == 0 and rank == 0
+        late.requires_grad_(step == 2)
+        before, unfrozen = weight.detach().clone(), late.detach().clone()
+        terms = method.terms(method(batch[0]), batch[1], None)
+        own = torch.autograd.grad(terms["ce"][1], weight, allow_unused=True)[0]
+        train.train_step(args, method, run, *batch)
+        seen.append((own, weight.grad.clone(), before - weight.detach(), (unfrozen - late.detach()).norm()))
+    same = processes.all_equal(fingerprint(method))
+    processes.stop()
+    torch.save((same, seen, args.weight_decay), f"result{rank}.pt")
+
+
+def test_a_parameter_without_a_gradient_in_some_step(images, tmp_path):
+    """It is 0 there, in every process; momentum and weight decay go on."""
+    assert wait(fork(2, lambda rank: with_and_without(rank, images), tmp_path)) == [0, 0], (
+        tmp_path / "output0.txt").read_text()
+    (same, seen, _), (_, other, _) = (torch.load(tmp_path / f"result{rank}.pt") for rank in (0, 1))
+    (own, first, _, frozen), (none, second, moved, _), (*_, unfrozen) = seen
+    assert same and other[0][0] is None and none is None
+    torch.testing.assert_close(first, own / 2)
+    assert not second.any() and moved.any() and frozen == 0 and unfrozen > 0
 
 
 @pytest.mark.parametrize("broken, method", [("gradients", "dml"), ("second step", "lmcl")])
