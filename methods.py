@@ -123,7 +123,7 @@ class Method(nn.Module):
 
     def statistics(self):
         """The floating buffers that several processes average; not what is equal in all of them."""
-        equal = ("bank.", "soft_share")
+        equal = ("bank.", "soft_share", "discriminators.average")
         named = self.named_buffers()
         return [b for name, b in named if b.is_floating_point() and not name.startswith(equal)]
 

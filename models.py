@@ -18,6 +18,7 @@ agg_a    sum_l g_l * logits_a^l, g = softmax(MLP_a)    [N, B, C]
 n, K, D  training images, negatives, embedding width   memory bank: rows [N, L, n, D]
 """
 
+import functools
 import logging
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -140,7 +141,7 @@ class Cohort(nn.Module):
             student.branches.extend(Branch(a, b, num_classes) for b in numbers)
 
     def forward(self, x):
-        features, logits = zip(*(student(x) for student in self.students), strict=True)
+        features, logits = zip(*side_by_side(self.students, x), strict=True)
         return list(features), torch.stack(logits)  # [L, B, d_a] each; [N, L, B, C]
 
     def check(self, image_size, trial=run_part):
@@ -161,6 +162,29 @@ class Cohort(nn.Module):
         return [m[-1] for m in maps], torch.stack(logits)[:, None]
 
 
+def side_by_side(networks, x):
+    """[network(x) for each], on a GPU each on a stream of its own: one network's kernels do not fill it.
+
+    Autograd runs each backward pass on its forward pass's stream, and a CUDA graph takes the streams in.
+    """
+    if not x.is_cuda or len(networks) == 1:
+        return [network(x) for network in networks]
+    current, outputs = torch.cuda.current_stream(), []
+    for network, stream in zip(networks, streams(x.device, len(networks)), strict=True):
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            outputs.append(network(x))
+    for stream in streams(x.device, len(networks)):
+        current.wait_stream(stream)
+    return outputs
+
+
+@functools.cache
+def streams(device, count):
+    """The same ones for each call: their memory is used again."""
+    return [torch.cuda.Stream(device) for _ in range(count)]
+
+
 def check_student(name, width, student, images, trial):
     """Run each part of the backbone and of each branch. Raises UserError where one does not fit."""
     backbone = student.backbone
@@ -173,6 +197,27 @@ def check_student(name, width, student, images, trial):
             x = run(f"student {name!r}: {part}", module, x)
         if x.shape[1] != width:
             raise UserError(f"student {name!r}: width is {width}, should be {x.shape[1]}")
+
+
+def count_no_batches(module):
+    """Batch normalisation counts no batches in training, a launch each; files hold its number as it is now.
+
+    Momentum is set, so nothing reads the number. It stands in state dictionaries, since torchvision's
+    networks load strictly.
+    """
+    for norm in module.modules():
+        if getattr(norm, "num_batches_tracked", None) is None or norm.momentum is None:
+            continue
+        count, norm.num_batches_tracked = norm.num_batches_tracked.cpu(), None
+
+        def put(norm, state, prefix, metadata, count=count):
+            state[f"{prefix}num_batches_tracked"] = count.clone()
+
+        def take(norm, state, prefix, *_):
+            state.pop(f"{prefix}num_batches_tracked", None)
+
+        norm.register_state_dict_post_hook(put)
+        norm.register_load_state_dict_pre_hook(take)
 
 
 # ---------------------------------------------------------------- what training adds to the students
@@ -242,7 +287,10 @@ class Discriminators(nn.Module):
         c, self.size = min(m.shape[1] for m in maps), min(m.shape[-1] for m in maps)
         relu = nn.LeakyReLU(0.2)
         self.transfer, self.discriminators = nn.ModuleList(), nn.ModuleList()
-        for m in maps:
+        for a, m in enumerate(maps):
+            if m.shape[-1] % self.size:
+                average = F.adaptive_avg_pool1d(torch.eye(m.shape[-1])[None], self.size)[0]  # [h, size]
+                self.register_buffer(f"average_{a}", average, persistent=False)
             layers = [conv(m.shape[1], c, 1), nn.BatchNorm2d(c), relu] if m.shape[1] != c else []
             self.transfer.append(nn.Sequential(*layers))
         for _ in maps:
@@ -252,13 +300,14 @@ class Discriminators(nn.Module):
 
     def align(self, maps):
         """N maps [B, c_a, h_a, w_a] -> N maps [B, c, size, size]."""
-        return [t(self.shrink(m)) for t, m in zip(self.transfer, maps, strict=True)]
+        return [t(self.shrink(a, m)) for a, (t, m) in enumerate(zip(self.transfer, maps, strict=True))]
 
-    def shrink(self, m):
-        """[B, c, h, w] -> [B, c, size, size]."""
+    def shrink(self, a, m):
+        """[B, c, h, h] -> [B, c, size, size], as adaptive average pooling, whose CUDA form is not deterministic."""
         factor, rest = divmod(m.shape[-1], self.size)
-        if rest:  # not where it divides: CUDA's adaptive pooling is not deterministic
-            return F.adaptive_avg_pool2d(m, self.size)
+        if rest:
+            average = getattr(self, f"average_{a}").to(m.dtype)  # [h, size]
+            return average.mT @ m @ average
         return m if factor == 1 else F.avg_pool2d(m, factor)
 
     def forward(self, maps):

@@ -87,13 +87,14 @@ def make_steps(args, dataset, method, run):
     example = torch.zeros(2, 3, args.image_size, args.image_size, device=args.device)
     with torch.no_grad(), meta.batch_statistics(method.train()):
         dropout = draws_random_numbers(lambda: method.students(example), args.device)
-    if dropout and method.second and method.second.name == "meta step":
-        raise UserError("--cuda-graph cannot draw a student's dropout masks again in the meta step: "
-                        "leave it out")
+    phase = lambda: method.phase
+    captured_second = CUDAGraphs(second_step, phase)
+    if dropout and method.second and method.second.step == getattr(method, "meta_step", None):
+        say("warning    --cuda-graph cannot draw a student's dropout masks again in the meta step: it stays as it is")
+        captured_second = second_step
     if hasattr(dataset, "take"):  # the augmentation of images in memory
         dataset.take = CUDAGraphs(dataset.take)
-    phase = lambda: method.phase
-    return CUDAGraphs(ordinary_step, phase), CUDAGraphs(second_step, phase)
+    return CUDAGraphs(ordinary_step, phase), captured_second
 
 
 def learning_rate(args, epoch):
@@ -188,6 +189,7 @@ def build(args, dataset, resumed=False):
     for a, path in enumerate(() if resumed else args.weights or ()):
         _, taken = load_pretrained(method.cohort.students[a].backbone, args.arch[a], path)
         dataset.notes.append(f"weights {path}: {taken}")
+    models.count_no_batches(method)
     return method.to(args.device, memory_format=torch.channels_last)
 
 
@@ -252,6 +254,7 @@ def main(argv=None):
         args.device = pick_device(args.device, processes)
         if args.deterministic:
             be_deterministic()
+        torch.backends.cudnn.benchmark = not args.deterministic  # images have one size
         check_graphs(args, processes)
         if args.batch_size % (2 * processes.size):
             raise UserError(f"--batch-size {args.batch_size} must be a multiple of {2 * processes.size}: pairs of "

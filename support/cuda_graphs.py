@@ -3,7 +3,7 @@
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from support.console import UserError
+from support.console import UserError, first_line, warn
 
 
 def check_graphs(args, processes):
@@ -15,6 +15,10 @@ def check_graphs(args, processes):
         raise UserError("--cuda-graph has not been seen with several processes: leave it out")
 
 
+class NotCaptured(Exception):
+    """PyTorch refuses to capture something; nothing was computed."""
+
+
 class CUDAGraphs:
     """A function of tensors, or of tuples and lists of them, captured for each batch size and each phase().
 
@@ -22,7 +26,8 @@ class CUDAGraphs:
     make their buffers. The fourth is captured; it and all later ones replay the same kernels on the
     same memory. So what changes from call to call is an input, or a tensor changed in place, as
     Run.lr is. Memory made outside must not be freed while graphs use it. Outputs are good until the
-    next call, of whatever size: graphs share their memory, and each writes before it reads.
+    next call, of whatever size: graphs share their memory, and each writes before it reads. A
+    function that cannot be captured stays eager, with a warning.
     """
 
     WARM_UP = 3
@@ -30,12 +35,13 @@ class CUDAGraphs:
     def __init__(self, function, phase=lambda: None):
         self.function, self.phase, self.calls, self.graphs = function, phase, {}, {}
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self.is_eager = False
 
     def __call__(self, *inputs):
         tensors, form = tree_flatten(inputs)  # None, where there is no bank, is among them
         kind = len(tensors[0]), self.phase()
         self.calls[kind] = self.calls.get(kind, 0) + 1
-        if self.calls[kind] <= self.WARM_UP:  # on the capturing stream, which autograd stays on
+        if self.is_eager or self.calls[kind] <= self.WARM_UP:  # on the capturing stream, which autograd stays on
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 outputs = self.function(*inputs)
@@ -43,7 +49,13 @@ class CUDAGraphs:
             return outputs
         if kind not in self.graphs:
             own = [x.clone() if torch.is_tensor(x) else x for x in tensors]
-            self.graphs[kind] = (own, *self._capture(tree_unflatten(own, form)))
+            try:
+                self.graphs[kind] = (own, *self._capture(tree_unflatten(own, form)))
+            except NotCaptured as error:
+                name = getattr(self.function, "__name__", None) or self.function.func.__name__
+                warn(f"warning    --cuda-graph cannot capture {name.strip('_')} ({error}): it stays as it is")
+                self.is_eager = True
+                return self(*inputs)
         own, graph, outputs = self.graphs[kind]
         for captured, given in zip(own, tensors, strict=True):
             if torch.is_tensor(given):
@@ -62,8 +74,7 @@ class CUDAGraphs:
             error = error.__context__ or error  # leaving the capture may fail too: the first one
             if "captur" not in str(error).lower():  # an error of the program, or too little memory
                 raise error from None
-            reason = f"--cuda-graph cannot capture this step ({str(error).splitlines()[0][:120]})"
-            raise UserError(f"{reason}: leave it out") from None
+            raise NotCaptured(first_line(error)) from None
         return graph, outputs
 
 

@@ -39,8 +39,8 @@ def pick_device(name, processes):
 
 def device_name(device):
     if device.type == "cuda":  # PyTorch's default: convolutions in TF32, products not
-        tf32 = ", convolutions in TF32" if torch.backends.cudnn.allow_tf32 else ""
-        return torch.cuda.get_device_name(device) + tf32
+        is_tf32 = torch.backends.cudnn.conv.fp32_precision != "ieee"
+        return torch.cuda.get_device_name(device) + ", convolutions in TF32" * is_tf32
     threads = torch.get_num_threads()
     return f"{device} ({threads} thread{'s' * (threads > 1)})"
 

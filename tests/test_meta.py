@@ -11,6 +11,7 @@ import torch.utils.checkpoint
 from PIL import Image, ImageChops
 
 import meta
+import models
 from conftest import bits
 from support.console import UserError
 from support.picture import matching_picture
@@ -169,6 +170,19 @@ def test_flat_vector_keeps_values_shapes_and_strides(shape, memory_format):
     flat = meta.FlatVector(params)
     for view, p in zip(flat.views(flat.concatenate([p.clone() for p in params])), params, strict=True):
         assert torch.equal(view, p) and view.stride() == p.stride()
+
+
+def test_flat_vector_aligns_every_part():
+    """To 16 bytes, whatever the sizes before it; what lies between is 0 and stays so through a step."""
+    students = models.EmbeddedCohort(models.Cohort(["resnet8", "hcgnet_a1"], 7))
+    params = [*students.parameters(), torch.ones(3), torch.ones(1)]
+    flat = meta.FlatVector(params)
+    vector = flat.concatenate(params).requires_grad_()
+    offsets = [view.storage_offset() * view.element_size() % 16 for view in flat.views(vector)]
+    assert any(p.numel() % 4 for p in params) and not any(offsets)
+    sum(view.sum() for view in flat.views(vector)).backward()
+    assert vector.grad.sum() == sum(p.numel() for p in params) == len(vector) - sum(flat.gaps)
+    assert not vector[vector.grad == 0].any()
 
 
 # ---------------------------------------------------------------- several processes

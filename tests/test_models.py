@@ -346,6 +346,14 @@ def test_files_that_do_not_fit(saved, name, content, message):
             load_student(path)
 
 
+def test_discriminators_pool_maps_of_any_size():
+    """As adaptive average pooling, whose backward pass CUDA computes in no fixed order."""
+    maps = [torch.randn(2, 4, side, side, dtype=torch.float64) for side in (3, 7, 6, 3)]
+    discriminators = models.Discriminators(maps).double()
+    for m, ours in zip(maps, discriminators.align(maps), strict=True):
+        assert torch.allclose(ours, F.adaptive_avg_pool2d(m, 3), atol=1e-7)
+
+
 # ---------------------------------------------------------------- the memory bank
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0, 0, 4])
