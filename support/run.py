@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_map
 
 from support.arguments import WHERE
 from support.console import ImageError, Interrupted, UserError, say, show_line
@@ -117,6 +118,7 @@ class Run:
     steps_per_epoch, images_per_epoch: of all processes together.
     """
 
+    SECONDS_BETWEEN_SAVES = 10
     PROGRESS = ("epoch", "step", "total_steps", "logged_lr", "best", "best_epoch", "log", "sums",
                 "finite_steps", "images_seen", "seconds", "data_seconds")
 
@@ -132,6 +134,7 @@ class Run:
         self.logged_lr = args.lr
         self.epoch = self.step = self.total_steps = 0  # the next epoch and step in it, steps done
         self.best, self.best_epoch = -1.0, 0  # best mean score over epochs
+        self.best_state = None  # of an epoch that best.pt does not hold yet
         command = shlex.join(["python", *sys.argv])
         self.log = [dict(command=command, args=vars(args), torch=str(torch.__version__),
                          device=device_name(args.device), processes=processes.size, **metadata)]
@@ -230,7 +233,7 @@ class Run:
         due = minutes and time.perf_counter() - self.saved > 60 * minutes
         wish = self.processes.largest(2 if self.signals.name else 1 if due else 0)
         if wish:
-            self.save("last.pt")
+            self.save()
         if wish == 2:
             cause = self.signals.name or "another process was stopped"
             done = f"saved {self.out / 'last.pt'} after step {self.total_steps}"
@@ -244,7 +247,7 @@ class Run:
             yield
         except ImageError:
             if self.step and self.processes.size == 1:
-                self.save("last.pt")
+                self.save()
             raise
 
     def stop_clock(self):
@@ -317,17 +320,24 @@ class Run:
                     seconds=round(self.seconds, 2), data_seconds=round(self.data_seconds, 2))
 
     def end_epoch(self, line, score):
-        """Log the epoch, keep the best model in best.pt, save. score: what best.pt is chosen by."""
+        """Log the epoch, keep the best model for best.pt, save. score: what best.pt is chosen by.
+
+        Where epochs are short, not each is saved: a save costs the host a good part of a second.
+        """
         if self.step < self.steps_per_epoch:  # --max-steps: logged until --resume goes on
-            self.save("last.pt")
+            self.save()
             return self.write_log(line)
         self.log.append(line)
         self.epoch, self.step = self.epoch + 1, 0
         self.reset()
-        if score > self.best:  # best.pt first: a run killed in between redoes the epoch
+        is_due = self.is_over or time.perf_counter() - self.saved > self.SECONDS_BETWEEN_SAVES
+        is_due = self.processes.largest(int(is_due))
+        if score > self.best:
             self.best, self.best_epoch = score, self.epoch
-            self.save("best.pt")
-        self.save("last.pt")
+            if self.is_main:
+                self.best_state = self.state() if is_due else tree_map(copied, self.state())
+        if is_due:
+            self.save()
         self.write_log()
 
     def to_tensorboard(self, line, picture=None):
@@ -352,8 +362,19 @@ class Run:
             lines = [json.dumps(line, default=str) + "\n" for line in [*self.log, *unfinished]]
             write(self.out / "log.jsonl", "".join(lines).encode())
 
-    def save(self, name):
-        """Write a checkpoint; last.pt leaves the one before as previous.pt. Every process calls."""
+    def state(self):
+        """What a checkpoint holds."""
+        state = dict(format=CHECKPOINT_FORMAT, processes=self.processes.size, **self.metadata)
+        state["args"] = {**vars(self.args), "device": str(self.args.device)}
+        state["model"] = self.model.state_dict()
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        return state | {name: getattr(self, name) for name in self.PROGRESS}
+
+    def save(self):
+        """Write best.pt, if a better epoch came, and last.pt, which leaves the one before as previous.pt.
+
+        best.pt comes first: a run killed in between redoes the epoch. Every process calls.
+        """
         if self.step:
             self.stop_clock()  # which also sees that nothing is saved that is not finite
         alone = self.processes.size == 1
@@ -361,13 +382,10 @@ class Run:
             raise UserError("the processes' copies of the model differ: nothing was saved, "
                             f"{self.out / 'last.pt'} is from before that")
         if self.is_main:
-            state = dict(format=CHECKPOINT_FORMAT, processes=self.processes.size, **self.metadata)
-            state["args"] = {**vars(self.args), "device": str(self.args.device)}
-            state["model"] = self.model.state_dict()
-            state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
-            state |= {name: getattr(self, name) for name in self.PROGRESS}
-            keep = self.out / "previous.pt" if name == "last.pt" else None
-            save_checkpoint(self.out / name, state, keep)
+            if self.best_state:
+                save_checkpoint(self.out / "best.pt", self.best_state)
+            save_checkpoint(self.out / "last.pt", self.state(), self.out / "previous.pt")
+        self.best_state = None
         self.saved = self.clock = time.perf_counter()
 
     def load(self, state):
@@ -391,6 +409,11 @@ class Run:
             header["resumed"] = [*header.get("resumed", []), moved]
         if self.is_main and not self.best_epoch:  # killed between the first best.pt and its last.pt
             (self.out / "best.pt").unlink(missing_ok=True)
+
+
+def copied(x):
+    """A tensor or a list of the log, as it is now."""
+    return x.detach().clone() if torch.is_tensor(x) else x
 
 
 def rounded(value, digits=6):

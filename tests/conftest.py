@@ -17,6 +17,7 @@ from PIL import Image
 
 import train
 from support.architectures import ARCHITECTURES, he_normal
+from support.run import Run
 
 torch.set_num_threads(1)  # small tensors: a second thread would mostly be waited for
 
@@ -46,6 +47,7 @@ class Small:
         he_normal(module)
 
 
+Run.SECONDS_BETWEEN_SAVES = -1  # each epoch is saved, as where epochs are long
 ARCHITECTURES |= {"small": Small(8), "small_12": Small(12)}
 TIMES = ("seconds", "images_per_second", "data_seconds")
 

@@ -210,7 +210,7 @@ def test_where_nothing_can_be_written(tmp_path, monkeypatch):
 # A child without torch, which takes seconds to load: stand-ins for what support/run.py imports.
 LOCKING = """
 import sys, time, unittest.mock
-for name in ("torch", "numpy", "PIL", "support.files", "support.processes"):
+for name in ("torch", "torch.utils", "torch.utils._pytree", "numpy", "PIL", "support.files", "support.processes"):
     sys.modules[name] = unittest.mock.MagicMock()
 from support.run import OutDir
 out = OutDir(sys.argv[1])
@@ -422,7 +422,7 @@ def test_a_term_that_is_not_finite_is_named_with_its_step(tmp_path, spoiled, wor
         if step == 3:
             run.end_epoch({}, 1.0)
     before = results(tmp_path)
-    for call in (run.means, lambda: run.save("last.pt"), run.stop_clock):
+    for call in (run.means, run.save, run.stop_clock):
         with pytest.raises(UserError) as error:
             call()
         assert f"{words} became infinite or NaN at step 5: try a smaller --lr; " in str(error.value)
@@ -440,6 +440,46 @@ def test_the_rate_goes_to_sgd_and_to_whoever_reads_it(tmp_path):
     graphs.set_lr(0.02)
     assert graphs.lr is tensor is graphs.optimizers[0].param_groups[0]["lr"] and tensor == torch.tensor(0.02)
     assert graphs.logged_lr == 0.02
+
+
+def test_short_epochs_are_not_each_saved(run, monkeypatch):
+    """Ten seconds lie between saves, the last epoch is saved; best.pt is still that of the best epoch."""
+    whole, now, scores = run("--method", "independent", out="whole", epochs=5), [100.0], iter((1, 2, 9, 4, 3))
+    monkeypatch.setattr(Run, "SECONDS_BETWEEN_SAVES", 10)
+    monkeypatch.setattr("support.run.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    written, end_epoch, saving, add = [], Run.end_epoch, Run.save, Run.add
+
+    def add_in_time(self, *step):
+        now[0] += 1  # three an epoch
+        add(self, *step)
+
+    def end(self, line, score):
+        now[0] += 1  # 4, 8, 12: due, 16, 20: the last
+        written.append(line["epoch"])
+        end_epoch(self, line, next(scores))
+
+    def save(self):
+        written.append("saved")
+        saving(self)
+
+    monkeypatch.setattr(Run, "add", add_in_time)
+    monkeypatch.setattr(Run, "end_epoch", end)
+    monkeypatch.setattr(Run, "save", save)
+    log = run("--method", "independent", epochs=5)
+    assert written == [1, 2, 3, "saved", 4, 5, "saved"] and len(log) == 6
+    for name, epoch in (("previous.pt", 3), ("last.pt", 5), ("best.pt", 3)):
+        state = files.load_checkpoint(f"out/{name}")
+        assert state["epoch"] == epoch and state["best_epoch"] == 3 and len(state["log"]) == epoch + 1
+    assert log[5]["loss"] == whole[5]["loss"]
+
+    written.clear()
+    scores = iter((1, 9, 4, 3, 2))
+    run("--method", "independent", out="early", epochs=5)  # the best one is not due
+    assert files.load_checkpoint("early/best.pt")["epoch"] == 2
+    scores = iter((1, 2))
+    two = run("--method", "independent", "--max-steps", 6, out="two", epochs=5)
+    early, same = (files.load_checkpoint(f"{out}/{name}.pt")["model"] for out, name in (("early", "best"), ("two", "last")))
+    assert len(two) == 3 and bits(early) == bits(same)
 
 
 def test_progress_is_one_line_on_a_terminal(tmp_path, capsys, monkeypatch):
