@@ -280,8 +280,8 @@ class MCL(Method):
 def add_contrast(group):
     """The options of both contrastive methods; what is None is the recipe's, see options.RECIPES."""
     weight = arguments.not_negative
-    group.add_argument("--weight-vcl", type=weight, metavar="ALPHA", help="alpha, of VCL (0.1; imagenet 0.01)")
-    group.add_argument("--weight-icl", type=weight, metavar="BETA", help="beta, of ICL (0.1; imagenet 0.01)")
+    group.add_argument("--weight-vcl", type=weight, metavar="ALPHA", help="alpha, of VCL (0.1; lmcl on imagenet 0.01)")
+    group.add_argument("--weight-icl", type=weight, metavar="BETA", help="beta, of ICL (0.1; lmcl on imagenet 0.01)")
     group.add_argument("--weight-soft-vcl", type=weight, default=1.0, metavar="GAMMA", help="gamma, of Soft VCL (1)")
     group.add_argument("--weight-soft-icl", type=weight, default=1.0, metavar="LAM", help="lam, of Soft ICL (1)")
     group.add_argument("--tau", type=arguments.positive,

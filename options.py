@@ -18,6 +18,7 @@ RECIPES = {
         epochs=100, batch_size=256, weight_decay=1e-4, schedule="multistep", image_size=224,
         contrast="bank", batches="uniform", tau=0.07, weight_vcl=0.01, weight_icl=0.01,
         meta_freq=500),
+    "imagenet, mcl": dict(epochs=90, weight_vcl=0.1, weight_icl=0.1),  # the conference paper's
 }
 
 
@@ -57,7 +58,7 @@ def build_parser(description, program, method):
                    "uniform: any; each image once an epoch both ways (pairs; imagenet, bank: uniform)")
 
     g = p.add_argument_group("recipe")
-    g.add_argument("--epochs", type=arguments.at_least_1, help="(300; imagenet 100)")
+    g.add_argument("--epochs", type=arguments.at_least_1, help="(300; imagenet 100, mcl 90)")
     is_even = lambda x: x >= 2 and x % 2 == 0
     even = arguments.limited(int, is_even, "even and at least 2: pairs of images")
     g.add_argument("--batch-size", type=even,
@@ -159,7 +160,8 @@ def complete(args):
     contrast = getattr(args, "contrast", None)
     if contrast and args.batches is None:
         args.batches = "pairs" if contrast == "batch" else "uniform"
-    for option, value in RECIPES.get(args.dataset, RECIPES["others"]).items():
+    recipe = RECIPES.get(args.dataset, RECIPES["others"]) | RECIPES.get(f"{args.dataset}, {args.method}", {})
+    for option, value in recipe.items():
         if vars(args).get(option, value) is None:
             vars(args)[option] = value
     for option, value in beginning(args).items():

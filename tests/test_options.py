@@ -29,6 +29,10 @@ def test_recipes():
         image_size=224, negatives=8192, bank_momentum=0.5, contrast_start=1, soft_ramp=10).items()
 
 
+    mcl = vars(parse("--dataset", "imagenet", "--arch", "resnet18", "--method", "mcl"))  # AAAI 2022
+    assert mcl.items() >= dict(epochs=90, weight_vcl=0.1, weight_icl=0.1, tau=0.07, contrast="bank", soft_ramp=9).items()
+
+
 def test_batches_go_with_the_contrast():
     imagenet = ["--dataset", "imagenet", "--arch", "resnet18"]
     assert parse("--contrast", "bank").batches == "uniform"
