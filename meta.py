@@ -350,7 +350,7 @@ class DerivativeTrial:
             tensors = dict(zip(params, values, strict=True)) | {name: b.clone() for name, b in buffers.items()}
             y = functional_call(copied, tensors, (x,))
             weight = draw(y) if weight is None else weight
-            return (y * weight).sum()
+            return (y + weight).square().sum()  # not linear: what arrives in the backward pass moves, too
 
         theta = flat.concatenate(inputs)
         u = draw(theta)
@@ -376,7 +376,7 @@ class DerivativeTrial:
                     p.copy_(value)
             torch.manual_seed(0)
             x = x.detach().requires_grad_()
-            inside = _grad((copied(x) * weight).sum(), [*params.values(), x])
+            inside = _grad((copied(x) + weight).square().sum(), [*params.values(), x])
             if (g - flat.concatenate(inside)).norm() > 1e-3 * g.norm():
                 raise UserError(f"{title} computes in the backward pass, as activation checkpointing does, where it does "
                                 "not see the meta step's parameters: leave that out, or --matching uniform")

@@ -24,12 +24,13 @@ import meta
 import options
 import predict
 import train
-from conftest import assert_same, flags, fork, read_log, results, wait
+from conftest import Small, assert_same, flags, fork, read_log, results, wait
 from methods import METHODS, Independent
 from support import architectures, files, picture
 from support import images as image_files
 from support import run as runs
 from support.processes import Processes
+from test_meta import Layer
 
 ROOT = Path(__file__).parents[1]
 
@@ -330,6 +331,36 @@ def test_matching_is_a_half_if_uniform_and_none_for_one_student(run):
     assert line["matching"] == [[[[0.5] * 2] * 2] * 2] * 2 and Path("out/matching.png").exists()
     line = run("--num-nets", 1, out="alone", epochs=1)[1]
     assert "matching" not in line and not Path("alone/matching.png").exists()
+
+
+class Unusual(Small):
+    """A student with a layer of test_meta.py behind its second stage."""
+
+    def __init__(self, kind):
+        super().__init__(4)
+        self.kind = kind
+
+    def stage(self, s):
+        return nn.Sequential(super().stage(s), *[Layer(self.kind)] * (s == 1))
+
+
+def test_a_student_that_the_meta_step_cannot_differentiate_is_refused_at_the_start(run, capsys, monkeypatch):
+    """One without forward mode alone goes on by two backward passes; uniform matching takes any."""
+    for kind in ("raises", "checkpoint", "no jvp"):
+        monkeypatch.setitem(architectures.ARCHITECTURES, kind, Unusual(kind))
+    for kind, words in (("raises", "cannot be differentiated twice"), ("checkpoint", "computes in the backward pass")):
+        with pytest.raises(SystemExit) as end:
+            run("--arch", kind, out=kind)
+        error = capsys.readouterr().err
+        assert end.value.code == 1 and error.count("\n") == 1 and not Path(kind).exists()
+        assert f"student '{kind}': stage 2" in error and words in error
+        run("--arch", kind, "--matching", "uniform", "--max-steps", 1, out=kind)
+    made, mixed = [], meta._mixed_product
+    monkeypatch.setattr(meta, "_mixed_product", lambda *inputs: made.append(1) or mixed(*inputs))
+    run("--arch", "no jvp", "small", "--meta-freq", 2, out="jvp", epochs=1)
+    assert not made
+    run("--meta-freq", 2, out="small", epochs=1)
+    assert made == [1]
 
 
 def test_too_few_steps_for_a_meta_step_are_warned_of(run, capsys):
