@@ -182,6 +182,8 @@ def check_object(a, image, names):
     if not (box_w >= 0 and box_h >= 0 and 0 <= area < math.inf):
         raise ValueError(f"its box {a['bbox']} or its area {area} is below 0 or not finite")
     a |= dict(iscrowd=int(a.get("iscrowd") or 0), area=area)
+    if a["iscrowd"] not in (0, 1):
+        raise ValueError(f"its iscrowd is {a['iscrowd']}, neither 0 nor 1")
     if isinstance(mask, list):
         if any(len(polygon) % 2 for polygon in mask):
             raise ValueError("a polygon has an odd number of coordinates")
@@ -199,11 +201,15 @@ def check_object(a, image, names):
 def check_inside(what, x, y, image):
     """Raises ValueError unless the points are in part inside, none more than its side outside."""
     for values, side in ((x, image["width"]), (y, image["height"])):
-        low, high = min(values), max(values)
-        near = -side <= low <= side and 0 <= high <= 2 * side
-        if not (near and math.isfinite(sum(values))):  # min and max may pass over NaN
-            raise ValueError(f"its {what} has coordinates that are not finite, or lie outside the "
-                             f"image of {image['width']}x{image['height']}")
+        try:
+            low, high = min(values), max(values)
+            near = -side <= low <= side and 0 <= high <= 2 * side
+            good = near and math.isfinite(sum(values))  # min and max may pass over NaN
+        except TypeError:  # null, a text
+            good = False
+        if not good:
+            raise ValueError(f"its {what} has coordinates that are no finite numbers, or lie "
+                             f"outside the image of {image['width']}x{image['height']}")
 
 
 def run_lengths(counts):
