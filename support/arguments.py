@@ -20,6 +20,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog, description):
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=description, formatter_class=layout)
+        # argparse's own takes -1e-4 for an option; the option's rule has better words
+        number = r"-((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|inf(inity)?|nan)$"
+        self._negative_number_matcher = re.compile(number, re.IGNORECASE)
 
     def error(self, message):
         print(f"{self.prog}: error: {message} (--help lists the options)", file=sys.stderr)
