@@ -32,7 +32,11 @@ class Parser(argparse.ArgumentParser):
 def limited(kind, is_good, rule):
     """A type for add_argument: a number (kind: int, float) that keeps a rule, said in words."""
     def convert(text):
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            float(text)  # 1e-4 for an int breaks the rule, ten is no number
+            raise argparse.ArgumentTypeError(f"must be whole, {rule}") from None
         if not is_good(value):
             raise argparse.ArgumentTypeError(f"must be {rule}")
         return value

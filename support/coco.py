@@ -5,8 +5,8 @@ import io
 import json
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,8 @@ try:
     from pycocotools import mask as coco_mask
 except ImportError:  # detect.py says what to install
     coco = None
+
+WITHOUT_LOSS = {".png", ".bmp", ".tif", ".tiff"}  # endings of masks
 
 
 @dataclass
@@ -58,13 +60,10 @@ class Pictures:
 
     def check_files(self):
         """Raises ImageError, which names it, for a missing file or one of another size."""
-        def check(number):
+        for number in self.ids:
             entry = self.index.imgs[number]
             with naming(path := self.folder / entry["file_name"]):
                 check_size(opened(path, lambda image: image.size), entry)
-
-        with ThreadPoolExecutor() as pool:  # a disk far away answers several at once
-            list(pool.map(check, self.ids))
 
 
 def check_size(size, entry):
@@ -187,7 +186,7 @@ def check_object(a, image, names):
     if isinstance(mask, list):
         if any(len(polygon) % 2 for polygon in mask):
             raise ValueError("a polygon has an odd number of coordinates")
-        x, y = ([value for polygon in mask for value in polygon[i::2]] for i in (0, 1))
+        x, y = (list(chain.from_iterable(polygon[i::2] for polygon in mask)) for i in (0, 1))
         check_inside("mask", x, y, image)
     elif list(mask["size"]) != [h, w]:
         raise ValueError(f"its mask has the size {mask['size']}, the image [{h}, {w}]")
@@ -230,8 +229,8 @@ def run_lengths(counts):
     shifts = 5 * (np.arange(len(codes)) - starts.repeat(lengths))
     runs = np.add.reduceat((codes & 31) << shifts, starts)
     runs -= (codes[ends] >> 4 & 1) << 5 * lengths  # the fifth bit of the last: below 0
-    for chain in (runs[1::2], runs[2::2]):
-        chain[:] = chain.cumsum()
+    for every_other in (runs[1::2], runs[2::2]):
+        every_other[:] = every_other.cumsum()
     return runs
 
 
@@ -242,7 +241,7 @@ def pennfudan(folder, split):
         raise UserError(f"--data-dir {folder} holds neither images/ and masks/ nor PNGImages/ and "
                         "PedMasks/")
     masks = {path.with_suffix(""): path for name in ("masks", "PedMasks")
-             for path in sorted(find(folder / name), key=is_png)}
+             for path in find(folder / name, WITHOUT_LOSS)}
     images, annotations, categories = [], [], [dict(id=1, name="person")]
     for number, path in enumerate(paths):
         if (number % 5 == 4) != (split == "val"):
@@ -264,16 +263,13 @@ def pennfudan(folder, split):
     return annotated(paths[0].parent, folder, content)
 
 
-def find(folder):
-    """The images right in a folder; none where there is no folder."""
+def find(folder, endings=ENDINGS):
+    """The images right in a folder, PNGs last; none where there is no folder."""
     with contextlib.suppress(OSError):
-        return [path for path in folder.iterdir()
-                if path.suffix.lower() in ENDINGS and not path.name.startswith(".")]
+        found = [path for path in folder.iterdir() if path.suffix.lower() in endings]
+        found = [path for path in found if not path.name.startswith(".")]
+        return sorted(found, key=lambda path: path.suffix.lower() == ".png")
     return []
-
-
-def is_png(path):
-    return path.suffix.lower() == ".png"
 
 
 def instance_numbers(image):
@@ -289,7 +285,7 @@ def instance_numbers(image):
             raise ValueError(f"a mask of mode {image.mode} from which no number can be read: save "
                              "it as gray, each pixel 0 or its object's number")
         numbers = colors[..., 0]
-    if image.format == "JPEG" or (numbers % 1).any():
-        raise ValueError("its pixels are no whole numbers, or JPEG has changed them: save it as "
-                         "a gray PNG, each pixel 0 or its object's number")
+    if (numbers % 1).any():
+        raise ValueError("its pixels are no whole numbers: save it as gray, each pixel 0 or its "
+                         "object's number")
     return numbers
