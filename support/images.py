@@ -99,7 +99,7 @@ def to_rgb(image, upright=True):
     Raises ValueError for values whose scale nothing tells.
     """
     raw = raw_mode(image)
-    image.load()  # raises for broken pixels
+    image.load()  # raises for broken pixels, and for metadata behind them
     key = image.info.get("transparency")
     if key is not None and raw in KEYS:
         image.info["transparency"] = KEYS[raw](key)
@@ -149,7 +149,7 @@ def to_gray(image, raw):
         signed = raw in ("I;16S", "I;16BS")
         widths = {"I;12": [12], "L": [16]}.get(raw, [8, 10, 12, 16 - signed])  # L: PGM's own white
         bits = next((n for n in widths if high < 2 ** n), None)
-    if not low >= 0 or bits is None or bits == 8 and 0 < high < 16:  # NaN is not >= 0
+    if low < 0 or bits is None or bits == 8 and 0 < high < 16:  # of NaN bits are None
         raise ValueError(f"its values run from {low:.6g} to {high:.6g}, which tells no scale: save "
                          "it with 8 bits, 0 to 255")
     if bits == 0:

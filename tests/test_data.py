@@ -417,7 +417,7 @@ REFUSED = "tells no scale"
 
 
 @pytest.mark.parametrize("values, kind, ending, want", [
-    (RAMP, np.float32, "tif", None), (255 * RAMP, np.float32, "tif", None), (RAMP, np.float32, "pfm", None),
+    (RAMP, np.float32, "tif", None), (255 * RAMP, np.float32, "tif", None),
     (255 * RAMP, np.int32, "tif", None), (4095 * RAMP, np.int32, "tif", None),
     *((top * RAMP, np.uint16, ending, None) for top in (255, 1023, 4095, 65535) for ending in ("png", "tif", "pgm")),
     (30000 * RAMP, np.uint16, "png", [0, 23, 46, 70, 93, 117]), (0 * RAMP, np.uint16, "png", [0] * 6),
@@ -488,7 +488,7 @@ LONG = zlib.compress(bytes(3 << 20))  # more than Pillow takes for a text
     ("png", [chunk(b"iCCP", b"")], False), ("png", [chunk(b"zTXt", b"k\0\0" + LONG)], False),
     ("png", [chunk(b"tEXt", b"k\0v", check=1)], False), ("png", [chunk(b"gAMA", b"")], False),
     ("png", [chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 9\nno hex")], False),
-    ("png end", [chunk(b"zTXt", b"k\0\0" + LONG)], False),
+    ("png end", [chunk(b"zTXt", b"k\0\0" + LONG), chunk(b"eXIf", ODD)], True),
     ("jpg", [b"\xff\xe1", b"Exif\0\0" + ODD], True), ("jpg", [b"\xff\xe1", b"Exif\0\0junk"], False),
     ("jpg", [b"\xff\xe2", b"ICC_PROFILE\0"], False), ("jpg", [b"\xff\xee", b"Adobe"], False)])
 def test_metadata_is_not_taken_for_pixels(tmp_path, where, parts, turned):
@@ -667,12 +667,11 @@ def test_stream_views_are_those_of_torchvision(stream):
 @pytest.mark.parametrize("size", [(20, 331), (331, 20), (3, 3000), (1, 20000), (20001, 1)])
 def test_a_long_picture_is_cut_before_it_is_resized(size):
     """The middle is that of the whole one resized; the memory is that of an ordinary picture."""
-    image = torch.arange(size[0] * size[1]).view(1, *size) * 255 // (size[0] * size[1])
-    image = image.to(torch.uint8).expand(3, -1, -1)
+    image = torch.randint(256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     view, seen = CentreView(8, 6), []
     usual = view.transform
     view.transform = lambda image: seen.append(image.shape) or usual(image)
-    assert (view(image).int() - usual(image).int()).abs().max() <= 1
+    assert (view(image).int() - usual(image).int()).abs().max() <= 2
     assert max(seen[0]) <= 16 * min(size) + 1
 
 

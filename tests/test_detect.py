@@ -23,6 +23,7 @@ import data
 import detect
 import models
 from conftest import assert_same, fork, read_log, wait
+from support import coco as coco_module
 from support.coco import Pictures, Plan, load_splits
 from support.console import ImageError, UserError
 from support.files import CHECKPOINT_FORMAT, STUDENT_FILE, names_in_files, save_checkpoint
@@ -220,7 +221,7 @@ OUTSIDE, COUNTS = "coordinates that are no finite numbers, or lie outside the im
     (polygon(1, 2, 3), "odd number"), (dict(segmentation=[[31, 1, 35, 1, 35, 5]]), OUTSIDE),
     (dict(segmentation=[5, 5, 9, 5, 9, 9]), "TypeError"),
     *((dict(bbox=box), OUTSIDE) for box in ([NAN, 5, 8, 8], [1, 5, INF, 8], [1, 5, 1e8, 8], [31, 5, 8, 8], [*"1588"])),
-    (dict(bbox=[20, 20, -5, 5]), "below 0"), (dict(bbox=[1, None, 5, 5]), "TypeError"),
+    (dict(bbox=[20, 20, -5, 5], area=9), "below 0"), (dict(bbox=[1, None, 5, 5]), "TypeError"),
     *((dict(area=area), "its area") for area in (NAN, INF, -1)), (dict(iscrowd=2), "iscrowd is 2"),
     (dict(iscrowd=NAN), "NaN"), (dict(category_id=3), "no category has the id 3"),
     (dict(image_id=7), "annotation 5 is of image 7, which is not listed")])
@@ -314,6 +315,13 @@ def test_pennfudan_as_people_save_it(tmp_path, mask, ending, areas):
     train, test = load_splits("pennfudan", tmp_path)
     assert (train.ids, test.ids) == ([0, 1, 2, 3], [4])
     assert test.load(4)[1]["masks"].sum((1, 2)).tolist() == areas
+
+
+def test_a_mask_of_16_bits_in_several_channels_is_named(monkeypatch):
+    """Pillow would read the upper 8, which are 0."""
+    monkeypatch.setattr(coco_module, "raw_mode", lambda image: "RGB;16B")
+    with pytest.raises(ValueError, match="mode RGB from which no number"):
+        coco_module.instance_numbers(Image.fromarray(0 * THREE))
 
 
 def test_order():
@@ -554,6 +562,15 @@ def test_evaluate(own, whole, tmp_path, capsys, monkeypatch):
     use("--evaluate", whole / "last.pt", "--data-dir", "~/other")
     first, last = ({k: line[k] for k in detect.SCORES} for line in read_log(whole)[1:])
     assert capsys.readouterr().out == detect.words(last) + "\n" and 0 < last["box_ap"] != first["box_ap"]
+
+
+def test_evaluate_looks_for_all_pictures_first(own, whole, tmp_path, capsys, monkeypatch):
+    shutil.copytree(own, tmp_path / "other")
+    (tmp_path / "other" / "val" / "2.png").unlink()
+    monkeypatch.setattr(detect, "evaluate", None)
+    with pytest.raises(SystemExit):
+        use("--evaluate", whole / "last.pt", "--data-dir", tmp_path / "other")
+    assert "cannot read image" in (error := capsys.readouterr().err) and "2.png" in error
 
 
 def test_predict(own, whole, tmp_path, capsys, monkeypatch):
