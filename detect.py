@@ -24,7 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import interpolate
 from torchvision.models import detection
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms.v2 import functional as transforms
@@ -125,6 +127,23 @@ def train_order(args, pictures, run):
     return [(pictures.ids[i], f) for i, f in zip(index, flip, strict=True)]
 
 
+class Resizing(GeneralizedRCNNTransform):
+    """torchvision's, but a side that would become less than a pixel is stretched first."""
+
+    def resize(self, image, target=None):
+        """float32 [3, H, W] and its target, whose boxes and masks follow."""
+        size = h, w = image.shape[-2:]
+        least = max(h, w) // self.max_size + 1  # pixels that become at least one
+        if min(h, w) < least:
+            size = max(h, least), max(w, least)
+            image = interpolate(image[None], size)[0]
+        if target is not None and size != (h, w):
+            masks = interpolate(target["masks"][:, None], size)[:, 0]  # [n, 1, H, W] in between
+            boxes = resize_boxes(target["boxes"], (h, w), size)
+            target = {**target, "boxes": boxes, "masks": masks}
+        return super().resize(image, target)
+
+
 class FPN(torch.nn.Module):
     """A feature pyramid over the maps of a backbone's four stages, of strides 4, 8, 16, 32."""
 
@@ -155,8 +174,8 @@ def build(args, classes, mean, std, backbone=None):
     limits = {f"rpn_{when}_nms_top_n_train": min(2000, 4 * n) for when in ("pre", "post")}
     limits |= {f"rpn_{when}_nms_top_n_test": min(1000, 2 * n) for when in ("pre", "post")}
     model = detection.MaskRCNN(
-        FPN(backbone), len(classes) + 1, args.min_size, args.max_size, list(mean), list(std),
-        box_batch_size_per_image=n, **limits)
+        FPN(backbone), len(classes) + 1, box_batch_size_per_image=n, **limits)
+    model.transform = Resizing(args.min_size, args.max_size, list(mean), list(std))
     in_float32 = lambda head, inputs, outputs: [[x.float() for x in level] for level in outputs]
     model.rpn.head.register_forward_hook(in_float32)
     return model.to(args.device)
@@ -303,6 +322,7 @@ def use_checkpoint(args):
     if args.evaluate:
         where = args.dataset or saved.dataset, args.data_dir or saved.data_dir
         (test_set,) = load_splits(*where, state["classes"], splits=["val"])
+        test_set.check_files()
         return say(words(evaluate(saved, test_set, model, Processes({}))))
     folder, stems = files.make_folder(args.out_dir or Path(path).parent, "--out-dir"), Counter()
     for picture, image in pictures(args.predict):
@@ -415,6 +435,8 @@ def start(args, processes):
     if steps == 0 or args.batch_size % processes.size:
         raise UserError(f"--batch-size {args.batch_size} must be at most the {len(train_set.ids)} "
                         f"training images and divide by the {processes.size} processes")
+    for split in () if found else (train_set, test_set):  # a run that goes on has begun with them
+        split.check_files()
     model = build(args, test_set.classes, mean, std, backbone)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, args.lr, momentum=0.9, weight_decay=args.weight_decay)

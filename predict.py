@@ -33,17 +33,21 @@ import data
 import models
 from support import arguments
 from support.architectures import load_model_file
-from support.console import UserError, one_line_errors, say
+from support.console import UserError, one_line_errors, say, shorten, warn
 from support.files import (
     STUDENT_FILE,
+    find_weights,
+    is_checkpoint,
     is_student_file,
     load_checkpoint,
     load_into,
     load_state,
     make_folder,
+    names_in_files,
     read,
     student_file,
     torch_bytes,
+    without_prefix,
     write,
 )
 from support.images import CentreView, fit, pictures, to_rgb
@@ -68,7 +72,11 @@ class TrainedStudent(models.Backbone):
         super().__init__(content["architecture"], len(content["classes"]))
         for fact in STUDENT_FILE[:-1]:
             setattr(self, fact, content[fact])
-        load_state(self, self.architecture, content["state_dict"], "the student file")
+        names = names_in_files(self, self.architecture).values()
+        state, before = without_prefix(content["state_dict"], names)
+        if before:
+            warn(f"the student file's names begin with {before!r}, which is left out")
+        load_state(self, self.architecture, state, "the student file")
         self.eval()
 
     def train(self, mode=True):
@@ -108,11 +116,23 @@ class Probabilities(nn.Module):
 
 def load_student(file):
     """The `TrainedStudent` of a student file, by its path or its content. Raises UserError for any other."""
-    content = file if isinstance(file, dict) else read(file)
-    if not is_student_file(content):
-        raise UserError(f"{file} is no student file (student_*.pt of a run; of last.pt or best.pt "
-                        "python predict.py --student FILE --export NEW.pt makes one)")
-    return TrainedStudent(content)
+    content, path = (file, "the content") if isinstance(file, dict) else (read(file), file)
+    return TrainedStudent(find_student(content, path))
+
+
+def find_student(content, path):
+    """The content of the one student file in what a file holds. Raises UserError if there is none."""
+    if is_checkpoint(content):
+        raise UserError(f"{path} is no student file but a run's checkpoint: python predict.py --student "
+                        "FILE --export NEW.pt makes student files of it")
+    found, where = find_weights(content, path)
+    if not is_student_file(found):
+        raise UserError(f"{path} is no checkpoint of this program and no student file, but holds "
+                        f"{len(found)} tensors alone ({shorten(found, 3)}): student_*.pt of a run has the "
+                        "names of its classes, too")
+    if where:
+        warn(f"the student file is {path}'s {where}")
+    return found
 
 
 def load_contents(path, model_file=None):
@@ -124,8 +144,8 @@ def load_contents(path, model_file=None):
     if model_file:
         load_model_file(model_file)
     content = read(path)
-    if is_student_file(content):
-        return [content], None
+    if not is_checkpoint(content):
+        return [find_student(content, path)], None
     state = load_checkpoint(path)
     if "method" not in state["args"]:
         raise UserError(f"{path} is no checkpoint of train.py")

@@ -20,6 +20,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog, description):
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=description, formatter_class=layout)
+        # argparse's own takes -1e-4 for an option; the option's rule has better words
+        number = r"-((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|inf(inity)?|nan)$"
+        self._negative_number_matcher = re.compile(number, re.IGNORECASE)
 
     def error(self, message):
         print(f"{self.prog}: error: {message} (--help lists the options)", file=sys.stderr)
@@ -29,7 +32,11 @@ class Parser(argparse.ArgumentParser):
 def limited(kind, is_good, rule):
     """A type for add_argument: a number (kind: int, float) that keeps a rule, said in words."""
     def convert(text):
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            float(text)  # 1e-4 for an int breaks the rule, ten is no number
+            raise argparse.ArgumentTypeError(f"must be whole, {rule}") from None
         if not is_good(value):
             raise argparse.ArgumentTypeError(f"must be {rule}")
         return value

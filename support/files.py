@@ -10,13 +10,15 @@ import errno
 import hashlib
 import io
 import os
+import re
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
 
 from support.architectures import ExistingNetwork, architecture
-from support.console import UserError
+from support.console import UserError, first_line, shorten
 
 DIGEST = hashlib.sha256().digest_size
 CHECKPOINT_FORMAT = 3
@@ -92,11 +94,20 @@ def torch_bytes(state):
 def read(path):
     """torch.load of tensors and plain values. Raises UserError for a file that cannot be read."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the errors below have better words
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror or error})") from None
     except Exception as error:  # pickle and zip raise many kinds
-        raise UserError(f"{path} is no file of weights, or damaged") from error
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        kind = found[1] if found else "TorchScript" if "TorchScript" in str(error) else None
+        if not kind:
+            raise UserError(f"{path} is no file of weights, or damaged") from error
+        raise UserError(f"{path} holds objects of {kind}, and code of a file is not run. Where you "
+                        "trust it, x = torch.load(FILE, weights_only=False) has what it holds: save "
+                        "the weights alone, torch.save(x['model'], NEW) if that is their name, or "
+                        "torch.save(x.state_dict(), NEW) of a module") from error
 
 
 def save_checkpoint(path, state, keep=None):
@@ -122,7 +133,7 @@ def load_checkpoint(path, device="cpu"):
     except Exception as error:  # torch names no class for files that it does not understand
         reason = (str(error) or repr(error)).splitlines()[0][:60]
         raise UserError(f"{path} is no checkpoint of this program ({reason})") from None
-    if not isinstance(state, dict) or not {"format", "args"} <= state.keys():
+    if not is_checkpoint(state):
         raise UserError(f"{path} is no checkpoint of this program (last.pt and best.pt of an "
                         "--out-dir are)")
     if state["format"] != CHECKPOINT_FORMAT:
@@ -164,6 +175,10 @@ def is_student_file(content):
     return isinstance(content, dict) and content.keys() >= set(STUDENT_FILE)
 
 
+def is_checkpoint(content):
+    return isinstance(content, dict) and content.keys() >= {"format", "args"}
+
+
 def names_in_files(backbone, name):
     """{name of a tensor in the backbone: in files}; those of an ExistingNetwork keep their own."""
     prefixes = getattr(architecture(name), "prefixes", {"": ""})
@@ -174,32 +189,84 @@ def names_in_files(backbone, name):
     return names
 
 
+def find_weights(content, path):
+    """The one student file or dictionary of tensors in what a file holds, and where: "" at its top.
+
+    Raises UserError, which says what is there, if there are several or none.
+    """
+    found = dict(search(content))
+    if len(found) == 1:
+        return *found.values(), *found
+    if found:
+        raise UserError(f"{path} holds several dictionaries of tensors ({shorten(found)}): save the "
+                        "one that is meant in a file of its own, by torch.save")
+    kind = type(content).__name__
+    inside = f" of {shorten(content)}" if isinstance(content, dict) and content else ""
+    raise UserError(f"{path} holds no dictionary of tensors, but a {kind}{inside}: give a student "
+                    "file or what torch.save(model.state_dict(), FILE) writes")
+
+
+def search(content, where=""):
+    """(where, x) for each student file and each dictionary of tensors, in dictionaries of any depth."""
+    if not isinstance(content, dict):
+        return
+    if is_student_file(content) or content and all(map(torch.is_tensor, content.values())):
+        yield where, content
+        return
+    for key, value in content.items():
+        if isinstance(key, str):  # the numbers of an optimizer's parameters are none
+            yield from search(value, f"{where}[{key!r}]")
+
+
+def without_prefix(state, names):
+    """A state_dict by these names, less what stands before all of its own ("module."); and that."""
+    common = lambda some: "".join(os.path.commonprefix(list(some)).rpartition(".")[:2])
+    before, ours = common(state), common(names)
+    if not before or state.keys() & set(names):
+        return state, ""
+    return {ours + key.removeprefix(before): tensor for key, tensor in state.items()}, before
+
+
 def load_state(backbone, name, state, title):
     """Load a state_dict with files' names. Raises UserError, with nothing loaded, if unfit."""
-    ours = {theirs: key for key, theirs in names_in_files(backbone, name).items()}
-    state = {ours.get(key, key): tensor for key, tensor in state.items()}
-    try:
-        copy.deepcopy(backbone).load_state_dict(state)  # it loads what fits before it raises
+    names = names_in_files(backbone, name)
+    ours = {theirs: key for key, theirs in names.items()}
+    try:  # it loads what fits before it raises
+        copy.deepcopy(backbone).load_state_dict({ours.get(k, k): x for k, x in state.items()})
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{title} does not fit {name}: {reason}") from error
-    backbone.load_state_dict(state)
+        own = {names[key]: tensor.shape for key, tensor in backbone.state_dict().items()}
+        lacks = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+        more = [key for key in state if key not in own]
+        other = [f"{key} {list(x.shape)}, not {list(own[key])}" for key, x in state.items()
+                 if key in own and x.shape != own[key]]
+        parts = (("Missing keys", lacks), ("unknown keys", more), ("other shapes", other))
+        reason = "; ".join(f"{what} {shorten(some, 3)}" for what, some in parts if some)
+        raise UserError(f"{title} does not fit {name}: {reason or first_line(error)}") from error
+    backbone.load_state_dict({ours.get(k, k): x for k, x in state.items()})
 
 
 def load_pretrained(backbone, name, path):
     """Start a backbone from a student file, or an `ExistingNetwork` from its own state_dict.
 
-    With another number of classes the classifier stays as drawn. Returns the file's content, and
-    what was taken, in words. Raises UserError, with nothing loaded, for any other file.
+    Either may be the one dictionary of tensors in a file that holds more, its names may all begin
+    alike. With another number of classes the classifier stays as drawn. Returns the weights as the
+    file has them, and what was taken, in words. Raises UserError, with nothing loaded, for any
+    other file.
     """
     content = read(path)
+    if is_checkpoint(content):
+        raise UserError(f"{path} is no student file but a run's checkpoint: of one of train.py "
+                        f"python predict.py --student {path} --export NEW.pt makes student files")
+    content, where = find_weights(content, path)
     state, names = content, names_in_files(backbone, name)
     if is_student_file(content):
         if content["architecture"] != name:
             raise UserError(f"{path} holds a {content['architecture']}, not a {name}")
         state = content["state_dict"]
-    elif not (isinstance(architecture(name), ExistingNetwork) and isinstance(content, dict)):
-        raise UserError(f"{path} is no student file")
+    elif not isinstance(architecture(name), ExistingNetwork):
+        raise UserError(f"{path} is no student file, but {len(content)} tensors "
+                        f"({shorten(content, 3)}): {name} starts from student files alone")
+    state, before = without_prefix(state, names.values())
     as_drawn = {}
     for key, tensor in backbone.state_dict().items():
         theirs = state.get(names[key]) if key.startswith("classifier.") else None
@@ -207,6 +274,7 @@ def load_pretrained(backbone, name, path):
             as_drawn[names[key]] = tensor
     load_state(backbone, name, {**state, **as_drawn}, path)
     taken = f"{len(names) - len(as_drawn)} of {len(names)} tensors taken"
+    taken += f", of the file's {where}" * bool(where) + f", less {before!r}" * bool(before)
     if as_drawn:
         taken += "; the classifier stays as drawn, the file has another number of classes"
     return content, taken

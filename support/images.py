@@ -1,15 +1,18 @@
 """Images of a user's: decoding, RGB, views, and reading by worker processes."""
 
 import contextlib
+import io
 import os
 import signal
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
+from PIL.Image import Transpose
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -26,6 +29,13 @@ Image.init()
 NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 ENDINGS = {ending for ending, form in Image.registered_extensions().items()
            if form in Image.OPEN and form not in NO_IMAGES}
+# what makes an image upright, by EXIF's orientation
+TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
+         5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
+         8: Transpose.ROTATE_90}
+# a PNG's transparent value in the 8 bits that Pillow makes of others, by `raw_mode`
+KEYS = {"L;2": lambda gray: 85 * gray, "L;4": lambda gray: 17 * gray,
+        "RGB;16B": lambda color: tuple(value >> 8 for value in color)}
 # common in ImageNet, harmless
 warnings.filterwarnings("ignore", "(Possibly c|C)orrupt EXIF data", UserWarning)
 # --workers is the user's choice
@@ -43,12 +53,68 @@ def naming(path):
         raise ImageError(f"cannot read image {path} ({error}); mend or remove it") from error
 
 
-def to_rgb(image):
-    """Any Pillow image to RGB: upright, 16-bit gray scaled, which Pillow clips, no transparency."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        gray = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+def opened(path, use):
+    """use(image) of a file that Pillow opens; where it refuses the metadata, of the file without."""
+    try:
+        with Image.open(path) as image:  # reads the header only
+            return use(image)
+    except MemoryError:
+        raise
+    except Exception:
+        with contextlib.suppress(Exception):  # the first error tells more
+            bare = without_metadata(Path(path).read_bytes())
+            with Image.open(io.BytesIO(bare)) as image:
+                return use(image)
+        raise
+
+
+def without_metadata(content):
+    """The bytes of a PNG or JPEG, less all that is neither pixels, their meaning nor EXIF."""
+    number = lambda at, size: int.from_bytes(content[at:at + size], "big")
+    if content.startswith(b"\x89PNG"):
+        kept, at = [content[:8]], 8
+        while at < len(content):
+            size, kind = 12 + number(at, 4), content[at + 4:at + 8]
+            chunk = content[at:at + size]
+            exif = kind == b"eXIf" and zlib.crc32(chunk[4:-4]) == number(at + size - 4, 4)
+            if exif or kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+                kept.append(chunk)
+            at += size
+        return b"".join(kept)
+    kept, at = [content[:2]], 2
+    while content.startswith(b"\xff\xd8") and content[at] == 0xff and content[at + 1] != 0xda:
+        size, kind = 2 + number(at + 2, 2), content[at + 1]
+        segment = content[at:at + size]
+        meaning = kind in (0xe0, 0xee) and size >= 16  # JFIF and Adobe: the kind of colour
+        exif = kind == 0xe1 and segment[4:].startswith(b"Exif")
+        if meaning or exif or not (0xe0 <= kind <= 0xef or kind == 0xfe):
+            kept.append(segment)
+        at += size
+    return b"".join(kept) + content[at:]
+
+
+def to_rgb(image, upright=True):
+    """Any Pillow image to RGB, on white where it is transparent. upright: turned as EXIF says.
+
+    Raises ValueError for values whose scale nothing tells.
+    """
+    raw = raw_mode(image)
+    image.load()  # raises for broken pixels, and for metadata behind them
+    key = image.info.get("transparency")
+    if key is not None and raw in KEYS:
+        image.info["transparency"] = KEYS[raw](key)
+    if upright and (turn := find_turn(image)) is not None:
+        image = image.transpose(turn)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        gray = to_gray(image, raw)
+        if isinstance(key, int):
+            gray[np.asarray(image) == key] = 255
         return Image.fromarray(gray).convert("RGB")
+    if ";16" in raw and len(image.getbands()) > 1:  # Pillow keeps the upper 8 bits
+        high = max(high for _, high in image.getextrema()[:3])
+        if 0 < high < 16:
+            raise ValueError(f"the upper 8 of its 16 bits end at {high}, all but black: save it "
+                             "with 8 bits, 0 to 255")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")
@@ -56,15 +122,51 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def read_image(path):
-    """uint8 [3, h, w]; an upright RGB JPEG by torchvision, it is faster. Raises: see `naming`."""
-    with Image.open(path) as image:  # reads the header only
-        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        if decode_jpeg and upright and image.format == "JPEG" and image.mode == "RGB":
+def raw_mode(image):
+    """How a file stores its pixels, in Pillow's words, before they are loaded; "" if unknown."""
+    tiles = getattr(image, "tile", None)
+    how = tiles[0][3] if tiles else ""  # the decoder's arguments
+    return str(how[0] if isinstance(how, tuple) and how else how)
+
+
+def find_turn(image):
+    """What makes a Pillow image upright; None for nothing, or where EXIF cannot be read."""
+    with contextlib.suppress(Exception):  # it may hold anything
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+
+
+def to_gray(image, raw):
+    """uint8 [h, w] of a Pillow image of 12 to 32 bits. raw: its `raw_mode`.
+
+    Integers have 8, 10, 12 or 16 bits, the fewest that hold them, unless the file says how many.
+    Floats run to 1 or to 255. Raises ValueError for all others, and for what would be black.
+    """
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        bits = 0 if high <= 1 else 8 if high <= 255 else None
+    else:
+        signed = raw in ("I;16S", "I;16BS")
+        widths = {"I;12": [12], "L": [16]}.get(raw, [8, 10, 12, 16 - signed])  # L: PGM's own white
+        bits = next((n for n in widths if high < 2 ** n), None)
+    if low < 0 or bits is None or bits == 8 and 0 < high < 16:  # of NaN bits are None
+        raise ValueError(f"its values run from {low:.6g} to {high:.6g}, which tells no scale: save "
+                         "it with 8 bits, 0 to 255")
+    if bits == 0:
+        return (255 * values).round().astype(np.uint8)
+    return (values if bits == 8 else values >> (bits - 8)).astype(np.uint8)
+
+
+def read_image(path, upright=True):
+    """uint8 [3, h, w]; an RGB JPEG by torchvision, it is faster. Raises: see `naming`."""
+    def pixels(image):
+        is_jpeg = image.format == "JPEG" and image.mode == "RGB"
+        if decode_jpeg and is_jpeg and not (upright and find_turn(image) is not None):
             with contextlib.suppress(RuntimeError):  # Pillow may read what this refuses
                 return decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)))
-        pixels = torch.from_numpy(np.array(to_rgb(image)))  # [h, w, 3]
-        return pixels.permute(2, 0, 1)
+        return torch.from_numpy(np.array(to_rgb(image, upright))).permute(2, 0, 1)
+
+    return opened(path, pixels)
 
 
 def decode(data_dir, files, size):
@@ -73,8 +175,8 @@ def decode(data_dir, files, size):
 
     def decode_one(i):
         path = os.path.join(data_dir, os.fsdecode(files[i]))
-        with naming(path), Image.open(path) as image:  # of an animation the first frame
-            images[i] = np.asarray(fit(to_rgb(image), size))
+        with naming(path):  # of an animation the first frame
+            images[i] = opened(path, lambda image: np.asarray(fit(to_rgb(image), size)))
 
     pool = ThreadPoolExecutor()
     try:
@@ -122,12 +224,19 @@ class RandomView:
 
 
 class CentreView:
-    """uint8 [3, h, w] at evaluation: the shorter side to `resize`, the middle [3, size, size]."""
+    """uint8 [3, h, w] at evaluation: the shorter side to `resize`, the middle [3, size, size].
+
+    What is longer than 16 times its width is cut first: resized it might not fit in memory.
+    """
 
     def __init__(self, resize, size):
         self.transform = v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(size)])
 
     def __call__(self, image, number=None):
+        short, long = sorted(image.shape[-2:])
+        if long > 16 * short:
+            long = 16 * short + long % 2  # as even as it was: the middle stays
+            image = v2.functional.center_crop(image, [min(side, long) for side in image.shape[-2:]])
         return self.transform(image)
 
 

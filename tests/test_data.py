@@ -8,11 +8,13 @@ import os
 import pickle
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import time
 import urllib.request
+import zlib
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -30,7 +32,7 @@ import data
 from data import Batch, augment, cut, epoch_plan, normalise
 from support import images as images_module
 from support.console import ImageError, UserError
-from support.images import RandomView, decode, naming, read_image, read_in_order
+from support.images import CentreView, RandomView, decode, naming, read_image, read_in_order
 from support.synthetic import paint
 
 
@@ -410,6 +412,107 @@ def test_folder_takes_transparent_palettes_first_frames_and_orientation(tmp_path
                for name, image in zip(names, images, strict=True))
 
 
+RAMP = np.linspace(0, 1, 6)[None].repeat(2, 0)  # 0, 51, 102, 153, 204, 255 in 8 bits
+REFUSED = "tells no scale"
+
+
+@pytest.mark.parametrize("values, kind, ending, want", [
+    (RAMP, np.float32, "tif", None), (255 * RAMP, np.float32, "tif", None),
+    (255 * RAMP, np.int32, "tif", None), (4095 * RAMP, np.int32, "tif", None),
+    *((top * RAMP, np.uint16, ending, None) for top in (255, 1023, 4095, 65535) for ending in ("png", "tif", "pgm")),
+    (30000 * RAMP, np.uint16, "png", [0, 23, 46, 70, 93, 117]), (0 * RAMP, np.uint16, "png", [0] * 6),
+    (9 * RAMP, np.uint16, "png", REFUSED), (9 * RAMP, np.float32, "tif", REFUSED),
+    (70000 * RAMP, np.int32, "tif", REFUSED), (RAMP * 300 - 20, np.int32, "tif", REFUSED),
+    (1000 * RAMP, np.float32, "tif", REFUSED), (RAMP - 0.5, np.float32, "tif", REFUSED),
+    (np.where(RAMP == 1, np.inf, RAMP), np.float32, "tif", REFUSED), (RAMP * np.nan, np.float32, "tif", REFUSED)])
+def test_deep_gray_is_scaled_by_its_type_and_values(tmp_path, values, kind, ending, want):
+    """In memory and streamed alike; what tells no scale is named."""
+    Image.fromarray(values.astype(kind)).save(tmp_path / f"x.{ending}")
+    if want == REFUSED:
+        for read in (lambda: read_image(tmp_path / f"x.{ending}"), lambda: decode(tmp_path, [f"x.{ending}"], 2)):
+            with pytest.raises(ValueError, match=REFUSED):
+                read()
+        return
+    pixels = read_image(tmp_path / f"x.{ending}")
+    assert (pixels[:, 1].int() - torch.tensor(want or [0, 51, 102, 153, 204, 255])).abs().max() <= 1
+    middle = tvf.to_pil_image(pixels).crop((2, 0, 4, 2))
+    assert np.array_equal(decode(tmp_path, [f"x.{ending}"], 2)[0].numpy(), np.asarray(middle))
+
+
+def chunk(kind, body, check=None):
+    check = zlib.crc32(kind + body) if check is None else check
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
+
+
+def raw_png(depth, color, row, *chunks):
+    """A PNG of one row, four pixels of gray (color 0) or two of RGB (2)."""
+    header = struct.pack(">IIBBBBB", 2 if color else 4, 1, depth, color, 0, 0, 0)
+    parts = chunk(b"IHDR", header), *chunks, chunk(b"IDAT", zlib.compress(b"\0" + row)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("depth, color, row, key, want", [
+    (2, 0, bytes([0b00011011]), (1,), [0, 255, 170, 255]), (4, 0, bytes([0x01, 0x5f]), (5,), [0, 17, 255, 255]),
+    (16, 0, struct.pack(">4H", 0, 1000, 30000, 65535), (30000,), [0, 3, 255, 255]),
+    (16, 2, struct.pack(">6H", 30000, 20000, 10000, 60000, 2, 3), (30000, 20000, 10000), [255, 234])])
+def test_the_transparent_value_of_a_png_of_any_depth_is_white(tmp_path, depth, color, row, key, want):
+    tRNS = chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))
+    (tmp_path / "x.png").write_bytes(raw_png(depth, color, row, tRNS))
+    assert read_image(tmp_path / "x.png")[0, 0].tolist() == want
+
+
+def test_color_of_16_bits_that_would_be_black_is_named(tmp_path):
+    (tmp_path / "x.png").write_bytes(raw_png(16, 2, struct.pack(">6H", 4000, 2000, 1000, 1, 2, 3)))
+    with pytest.raises(ValueError, match="upper 8 of its 16 bits end at 15"):
+        read_image(tmp_path / "x.png")
+
+
+def exif(orientation, *more):
+    """EXIF with the orientation and more tags: (tag, type, bytes)."""
+    tags = [(0x112, 3, struct.pack("<HH", orientation, 0)), *more]
+    table, rest, at = struct.pack("<H", len(tags)), b"", 14 + 12 * len(tags)
+    for tag, kind, value in tags:
+        inside = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack("<I", at + len(rest))
+        rest += value if len(value) > 4 else b""
+        table += struct.pack("<HHI", tag, kind, 1) + inside
+    return b"II*\0" + struct.pack("<I", 8) + table + bytes(4) + rest
+
+
+ODD = exif(6, (0x11a, 10, bytes(8)), (0xc000, 12, struct.pack("<d", float("nan"))), (0xc001, 6, b"\xfd"))
+LONG = zlib.compress(bytes(3 << 20))  # more than Pillow takes for a text
+
+
+@pytest.mark.parametrize("where, parts, turned", [
+    ("png", [chunk(b"eXIf", b"junk" * 5)], False), ("png", [chunk(b"eXIf", exif(6), check=1)], False),
+    ("png", [chunk(b"eXIf", ODD)], True), ("png", [chunk(b"iCCP", b"k\0\0" + LONG), chunk(b"eXIf", ODD)], True),
+    ("png", [chunk(b"iCCP", b"")], False), ("png", [chunk(b"zTXt", b"k\0\0" + LONG)], False),
+    ("png", [chunk(b"tEXt", b"k\0v", check=1)], False), ("png", [chunk(b"gAMA", b"")], False),
+    ("png", [chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 9\nno hex")], False),
+    ("png end", [chunk(b"zTXt", b"k\0\0" + LONG), chunk(b"eXIf", ODD)], True),
+    ("jpg", [b"\xff\xe1", b"Exif\0\0" + ODD], True), ("jpg", [b"\xff\xe1", b"Exif\0\0junk"], False),
+    ("jpg", [b"\xff\xe2", b"ICC_PROFILE\0"], False), ("jpg", [b"\xff\xee", b"Adobe"], False)])
+def test_metadata_is_not_taken_for_pixels(tmp_path, where, parts, turned):
+    """Whatever it holds, the picture is read, upright if its orientation can be."""
+    file, image = io.BytesIO(), Image.fromarray(np.arange(600, dtype=np.uint16).astype(np.uint8).reshape(10, 20, 3))
+    image.save(file, "PNG" if "png" in where else "JPEG")
+    want = read_pixels(file) if not turned else read_pixels(file).rot90(-1, (1, 2))
+    plain, at = file.getvalue(), {"png": 33, "png end": -12, "jpg": 2}[where]
+    if where == "jpg":
+        parts.insert(1, struct.pack(">H", len(parts[1]) + 2))
+    path = tmp_path / f"x.{where[:3]}"
+    path.write_bytes(plain[:at] + b"".join(parts) + plain[at:])
+    assert read_image(path).equal(want)
+    assert np.array_equal(decode(tmp_path, [path.name], 10)[0], images_module.fit(tvf.to_pil_image(want), 10))
+    assert read_image(path, upright=False).equal(read_pixels(file))
+    cut_short(path, len(plain) // 2)  # broken pixels are an error still
+    with pytest.raises((OSError, SyntaxError, ValueError)):
+        read_image(path)
+
+
+def read_pixels(file):
+    return tvf.pil_to_tensor(Image.open(file))
+
+
 @pytest.mark.parametrize("size", [(64, 40), (40, 64), (20, 10)])
 def test_folder_resizes_the_shorter_side_and_crops_the_centre(tmp_path, size):
     ramp = np.linspace(0, 255, max(size)).astype(np.uint8)  # along the longer side
@@ -423,8 +526,8 @@ def test_folder_resizes_the_shorter_side_and_crops_the_centre(tmp_path, size):
     assert decoded.shape == (16, 16, 3) and (decoded - want).abs().max() <= 8
 
 
-def cut_short(file):
-    file.write_bytes(file.read_bytes()[:2000])
+def cut_short(file, left=2000):
+    file.write_bytes(file.read_bytes()[:left])
 
 
 @pytest.mark.parametrize("spoil, words", [  # words: {} is the folder
@@ -559,6 +662,17 @@ def test_stream_views_are_those_of_torchvision(stream):
     images, _, index = next(replace(stream, augmentation="none").train_batches(20, 0, 0))
     again = torch.cat([batch[0] for batch in replace(stream, test_files=stream.train_files).test_batches()])
     assert images.equal(again[index])
+
+
+@pytest.mark.parametrize("size", [(20, 331), (331, 20), (3, 3000), (1, 20000), (20001, 1)])
+def test_a_long_picture_is_cut_before_it_is_resized(size):
+    """The middle is that of the whole one resized; the memory is that of an ordinary picture."""
+    image = torch.randint(256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    view, seen = CentreView(8, 6), []
+    usual = view.transform
+    view.transform = lambda image: seen.append(image.shape) or usual(image)
+    assert (view(image).int() - usual(image).int()).abs().max() <= 2
+    assert max(seen[0]) <= 16 * min(size) + 1
 
 
 H, W = 60, 80

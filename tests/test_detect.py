@@ -23,10 +23,11 @@ import data
 import detect
 import models
 from conftest import assert_same, fork, read_log, wait
+from support import coco as coco_module
 from support.coco import Pictures, Plan, load_splits
 from support.console import ImageError, UserError
 from support.files import CHECKPOINT_FORMAT, STUDENT_FILE, names_in_files, save_checkpoint
-from support.images import read_in_order
+from support.images import read_image, read_in_order
 from support.processes import Processes
 
 tools = pytest.importorskip("pycocotools.mask")
@@ -191,6 +192,87 @@ def test_odd_annotations(tmp_path):
     assert {k: v.shape for k, v in empty.items()} == dict(boxes=(0, 4), labels=(0,), masks=(0, 40, 30))
 
 
+def compressed(h, w):
+    blob = np.zeros((h, w), np.uint8, order="F")
+    blob[5:15, 10:18] = blob[20:22, 1:3] = 1
+    return {**tools.encode(blob), "counts": tools.encode(blob)["counts"].decode()}
+
+
+def polygon(*more):
+    return dict(segmentation=[[5, 5, 20, 5, 20, 20], [5, 5, *more, 20, 20]])
+
+
+def mask(counts, size=(40, 30)):
+    return dict(segmentation=dict(size=list(size), counts=counts))
+
+
+NAN, INF = float("nan"), float("inf")
+OUTSIDE, COUNTS = "coordinates that are no finite numbers, or lie outside the image of 30x40", "the counts of its mask"
+
+
+@pytest.mark.parametrize("change, words", [
+    *((dict(segmentation=compressed(*size)), f"its mask has the size {list(size)}, the image [40, 30]")
+      for size in ((30, 40), (60, 50))),
+    *((mask(counts), COUNTS) for counts in (
+        [4, 10], [4, 10, 1187], [4, -10, 1206], [4.5, 10, 1185.5], [4, NAN, 1186], [4, None, 1186], [4, INF], [],
+        [4, 10, 1186 + 2 ** 32], compressed(30, 30)["counts"], compressed(40, 30)["counts"][:-1], "no RLE", "é")),
+    *((polygon(*point), OUTSIDE) for point in (
+        (1e8, 5), (5, 1e12), (-1e8, 5), (5, -100), (INF, 5), (5, NAN), (None, 5), ("5", 5), (10 ** 400, 5))),
+    (polygon(1, 2, 3), "odd number"), (dict(segmentation=[[31, 1, 35, 1, 35, 5]]), OUTSIDE),
+    (dict(segmentation=[5, 5, 9, 5, 9, 9]), "TypeError"),
+    *((dict(bbox=box), OUTSIDE) for box in ([NAN, 5, 8, 8], [1, 5, INF, 8], [1, 5, 1e8, 8], [31, 5, 8, 8], [*"1588"])),
+    (dict(bbox=[20, 20, -5, 5], area=9), "below 0"), (dict(bbox=[1, None, 5, 5]), "TypeError"),
+    *((dict(area=area), "its area") for area in (NAN, INF, -1)), (dict(iscrowd=2), "iscrowd is 2"),
+    (dict(iscrowd=NAN), "NaN"), (dict(category_id=3), "no category has the id 3"),
+    (dict(image_id=7), "annotation 5 is of image 7, which is not listed")])
+def test_annotations_are_held_against_their_images(tmp_path, change, words):
+    """One line at loading names the image; nothing is drawn or allocated by wrong numbers."""
+    good = dict(id=4, image_id=0, category_id=2, bbox=[10, 5, 8, 10], area=None, segmentation=compressed(40, 30))
+    content = dict(images=[dict(id=i, file_name=f"{i}.png", width=30, height=40) for i in (0, 1)],
+                   annotations=[good, {**good, "id": 5, "image_id": 1} | change], categories=[dict(id=2, name="a")])
+    save_json(tmp_path, "val", content)
+    with pytest.raises(UserError) as error:
+        load_splits("own", tmp_path, splits=["val"])
+    named = "" if "image_id" in change else "image 1 (1.png), annotation 5: "
+    assert named in str(error.value) and words in str(error.value), error.value
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(id=0), "two images have the id 0: 0.png, 1.png"), (dict(width=NAN), "image 1 lacks a name or a size"),
+    (dict(height=40.5), "image 1 lacks"), (dict(width="30"), "image 1 lacks"), (dict(file_name=5), "image 1 lacks")])
+def test_images_of_one_id_or_of_no_size_are_named(tmp_path, change, words):
+    images = [dict(id=i, file_name=f"{i}.png", width=30, height=40) for i in (0, 1)]
+    save_json(tmp_path, "val", dict(images=[images[0], images[1] | change], annotations=[], categories=[]))
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_splits("own", tmp_path, splits=["val"])
+
+
+def test_one_reader(tmp_path):
+    """Training and AP read a picture as --predict does, but as it is stored: boxes know no EXIF."""
+    write_set(tmp_path, train=4, test=4)
+    gray = (np.arange(48 * 64).reshape(48, 64) * 21).astype(np.uint16)
+    colors = np.random.default_rng(0).integers(0, 256, (48, 64, 4), dtype=np.uint8)
+    pictures = {"deep.png": gray, "real.tif": (gray / 65535).astype(np.float32), "clear.png": colors}
+    for name, pixels in pictures.items():
+        Image.fromarray(pixels).save(tmp_path / "val" / name)
+    turned = Image.Exif()
+    turned[0x112] = 6
+    Image.fromarray(colors[..., :3]).save(tmp_path / "val" / "turned.jpg", exif=turned)
+    (test,) = load_splits("own", tmp_path, splits=["val"])
+    for number, name in enumerate([*pictures, "turned.jpg"]):
+        test.index.imgs[number] |= dict(file_name=name, width=64, height=48)
+        image, upright = test.load(number)[0], read_image(tmp_path / "val" / name)
+        assert image.equal(upright.rot90(1, (1, 2)) if name == "turned.jpg" else upright) and image.float().std() > 40
+
+
+def test_a_box_that_may_vanish_when_it_is_resized_is_left_out(own):
+    train, _ = load_splits("own", own)
+    first, second = train.index.imgToAnns[0]
+    first["bbox"] = [20, 5, float(np.nextafter(np.float32(20), 99)) - 20, 10]
+    second["bbox"] = [20, 5, 0.02, 10]
+    assert train.load(0)[1]["boxes"].shape == (1, 4) == train.load(0, flip=True)[1]["boxes"].shape
+
+
 @pytest.mark.parametrize("images,masks", [("images", "masks/{}.png"), ("PNGImages", "PedMasks/{}_mask.png")])
 def test_pennfudan(tmp_path, images, masks):
     for i in range(6):
@@ -206,6 +288,40 @@ def test_pennfudan(tmp_path, images, masks):
     assert target["boxes"].tolist() == [[3, 2, 7, 9], [12, 10, 20, 15]]
     assert target["labels"].tolist() == [1, 1]
     assert target["masks"].sum((1, 2)).tolist() == [28, 40]
+
+
+NUMBERS = np.pad(np.array([[1, 1, 1, 0, 2, 2]] * 2, np.uint8), 1)  # [4, 8]
+THREE, OPAQUE = NUMBERS[..., None].repeat(3, -1), np.full((4, 8, 1), 255, np.uint8)
+UNLIKE = THREE + np.array([0, 0, 1], np.uint8)
+
+
+@pytest.mark.parametrize("mask, ending, areas", [
+    (NUMBERS, "PNG", [6, 4]), (NUMBERS, "bmp", [6, 4]), (NUMBERS.astype(np.uint16), "png", [6, 4]),
+    (NUMBERS.astype(np.float32), "tif", [6, 4]), (NUMBERS > 0, "png", [10]), (THREE, "png", [6, 4]),
+    (np.append(THREE, OPAQUE, -1), "png", [6, 4]), (np.append(THREE, THREE[..., :1] * 100, -1), "png", [6, 4]),
+    (np.append(THREE[..., :1], OPAQUE, -1), "png", [6, 4]), (UNLIKE, "png", "mode RGB"),
+    (np.append(UNLIKE, OPAQUE, -1), "png", "mode RGBA"), (np.append(THREE, 0 * OPAQUE, -1), "png", "mode RGBA"),
+    (NUMBERS.astype(np.float32) / 2, "tif", "no whole numbers"), (NUMBERS, "jpg", "No such file")])
+def test_pennfudan_as_people_save_it(tmp_path, mask, ending, areas):
+    """Masks of any mode that leaves no doubt, endings in any case; what is in doubt is named."""
+    for i, kind in enumerate(["jpg", "JPG", "jpeg", "PNG", "png"]):
+        save_image(tmp_path / "images" / f"{i}.{kind}", (8, 4))
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{i}.{ending}")
+    if isinstance(areas, str):
+        with pytest.raises(UserError, match=rf"masks/0\..*{areas}"):
+            load_splits("pennfudan", tmp_path)
+        return
+    train, test = load_splits("pennfudan", tmp_path)
+    assert (train.ids, test.ids) == ([0, 1, 2, 3], [4])
+    assert test.load(4)[1]["masks"].sum((1, 2)).tolist() == areas
+
+
+def test_a_mask_of_16_bits_in_several_channels_is_named(monkeypatch):
+    """Pillow would read the upper 8, which are 0."""
+    monkeypatch.setattr(coco_module, "raw_mode", lambda image: "RGB;16B")
+    with pytest.raises(ValueError, match="mode RGB from which no number"):
+        coco_module.instance_numbers(Image.fromarray(0 * THREE))
 
 
 def test_order():
@@ -368,6 +484,25 @@ def test_proposals():
             assert getattr(a, name, None) == getattr(b, name, None)
 
 
+@pytest.mark.parametrize("size", [(2, 3000), (1000, 3), (1, 1), (1, 64), (128, 2)])
+def test_a_side_has_at_least_a_pixel(size):
+    """--predict, AP and training on pictures that torchvision would resize to nothing; others as torchvision."""
+    model = detect.build(options("--arch", "shufflenet_v2_x0_5"), ["a"], *data.IMAGENET)
+    image = torch.randint(255, (3, *size), dtype=torch.uint8)
+    assert detect.detect(model, image, "cpu")["masks"].shape[1:] == size
+    box, half = torch.tensor([[0, 0, size[1] / 2, size[0] / 2]]), max(1, size[1] // 2)
+    target = dict(boxes=box, labels=torch.tensor([1]), masks=(torch.arange(size[1]) < half).expand(1, *size).byte())
+    assert all(loss.isfinite() for loss in model.train()([image / 255], [dict(target)]).values())
+    small, its = model.transform.resize(image / 255, dict(target))
+    wanted = box * torch.tensor([small.shape[2] / size[1], small.shape[1] / size[0]] * 2)
+    assert its["masks"].shape[1:] == small.shape[1:] and min(small.shape[1:]) >= 1
+    torch.testing.assert_close(its["boxes"], wanted)
+    usual = torchvision.models.detection.transform.GeneralizedRCNNTransform(48, 64, [0] * 3, [1] * 3)
+    for h, w in ((48, 64), (3, 190), (100, 2)):
+        image = torch.rand(3, h, w)
+        assert model.transform.resize(image)[0].equal(usual.resize(image)[0])
+
+
 def test_bfloat16(own):
     """Losses are float32 and near those in float32; evaluation is float32 throughout."""
     losses, scores, image = [], [], torch.randint(255, (3, 48, 64), dtype=torch.uint8)
@@ -427,6 +562,15 @@ def test_evaluate(own, whole, tmp_path, capsys, monkeypatch):
     use("--evaluate", whole / "last.pt", "--data-dir", "~/other")
     first, last = ({k: line[k] for k in detect.SCORES} for line in read_log(whole)[1:])
     assert capsys.readouterr().out == detect.words(last) + "\n" and 0 < last["box_ap"] != first["box_ap"]
+
+
+def test_evaluate_looks_for_all_pictures_first(own, whole, tmp_path, capsys, monkeypatch):
+    shutil.copytree(own, tmp_path / "other")
+    (tmp_path / "other" / "val" / "2.png").unlink()
+    monkeypatch.setattr(detect, "evaluate", None)
+    with pytest.raises(SystemExit):
+        use("--evaluate", whole / "last.pt", "--data-dir", tmp_path / "other")
+    assert "cannot read image" in (error := capsys.readouterr().err) and "2.png" in error
 
 
 def test_predict(own, whole, tmp_path, capsys, monkeypatch):
@@ -499,13 +643,14 @@ def test_wrong_flags(flags, fails):
     ("--data-dir none", "FileNotFoundError"),
     ("--data-dir text", "not in COCO's form"),
     ("--data-dir list", "not in COCO's form"),
-    ("--data-dir stray", "KeyError: 1"),
+    ("--data-dir stray", "image 1 (a.png), annotation 1: no category has the id 1"),
     ("--data-dir boxes", "no training image"),
     ("--data-dir five", "too many values"),
     ("--data-dir flat", "image 1 lacks a name or a size"),
     ("--data-dir others", "has other classes (cat) than the test set"),
-    ("--data-dir wrong", "it is 9x9, its annotation says 8x8"),
-    ("--data-dir rle", "cannot read image rle/train/a.png"),
+    ("--data-dir wrong", "a.png (it is 9x9, its annotation says 8x8)"),
+    ("--data-dir gone", "cannot read image gone/val/b.png"),
+    ("--data-dir rle", "image 1 (a.png), annotation 1: its mask has the size [3, 4], the image [9, 9]"),
     ("--dataset coco", "instances_train2017.json"),
     ("--dataset pennfudan --data-dir text", "neither images/ and masks/"),
     ("--dataset pennfudan --data-dir maskless", "masks/a.png"),
@@ -521,8 +666,10 @@ def test_errors_in_one_line(flags, words, fails, tmp_path):
                  categories=[dict(id=1, name="cat")])
     rle = dict(images=[{**i, "width": 9, "height": 9} for i in images],
                annotations=[{**b, "segmentation": dict(size=[3, 4], counts="P")} for b in boxes])
+    fit = dict(images=[{**i, "width": 9, "height": 9} for i in images])
     for name, train, test in (("wrong", {}, {}), ("stray", dict(categories=[]), {}), ("rle", rle, {}),
                               ("boxes", dict(annotations=boxes), {}),
+                              ("gone", fit, dict(images=[{**i, "file_name": "b.png"} for i in fit["images"]])),
                               ("five", {}, dict(annotations=[{**right["annotations"][0], "bbox": [1] * 5}])),
                               ("flat", dict(images=[{**i, "height": 0} for i in images]), {}),
                               ("others", {}, dict(categories=[dict(id=1, name="dog")]))):

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import detect
 import options
+import predict
 from methods import METHODS
 from support.arguments import WHERE
 
@@ -103,15 +105,26 @@ def test_help_lists_the_options_of_the_method(name, capsys):
     "--validation-fraction 1", "--image-size 4", "--workers -1", "--save-every -1", "--seed -1",
     "--seed 9223372036854775808", "--weight-vcl -1", "--weight-icl inf", "--weight-soft-vcl -1",
     "--weight-soft-icl nan", "--tau 0", "--T -3", "--negatives 0", "--bank-momentum 1", "--meta-freq 0",
-    "--meta-steps 0", "--method afd --weight-adversarial -1"])
+    "--meta-steps 0", "--method afd --weight-adversarial -1", "--weight-decay -1e-4", "--lr -.5E3",
+    "--T -2.e+1", "--tau -nan", "--method afd --weight-adversarial -inf", "--milestones 3 -1e4", "--seed 1e3"])
 def test_every_option_keeps_its_rule(more, capsys):
     """One line that names the option and its rule."""
     with pytest.raises(SystemExit) as end:
         parse(*more.split())
-    error, flag = capsys.readouterr().err, more.split()[-2]
+    error, flag = capsys.readouterr().err, [word for word in more.split() if word.startswith("--")][-1]
     words = "invalid int value: 'ten'" if "ten" in more else "must be "
     assert end.value.code == 2 and error.count("\n") == 1
     assert error.startswith(f"train.py: error: argument {flag}: {words}")
+
+
+@pytest.mark.parametrize("parse, more", [
+    (detect.parse, "--dataset own --backbone random --weight-decay -1e-4"),
+    (detect.parse, "--dataset own --backbone random --milestones -1e4"),
+    (predict.main, "x.png --student net.pt --validation-fraction -2.5e-3")])
+def test_negative_numbers_meet_the_rule_in_the_other_programs(parse, more, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(more.split())
+    assert end.value.code == 2 and f"argument {more.split()[-2]}: must be " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more, status, words", [

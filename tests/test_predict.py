@@ -6,18 +6,22 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 import methods
+import models
 import predict
 import train
 from conftest import flags, read_log
 from support import files
+from support.console import UserError
 
 ROOT = Path(train.__file__).parent
 ARCH = ["small", "small_12"]
@@ -262,6 +266,57 @@ def test_export_of_several_students(use, out, images):
             assert torch.equal(value, state[f"students.cohort.students.{a}.backbone.{key}"])
     use("--student", out / "best.pt", "--export", "net.pt2")
     assert [torch.export.load(f"net_{a}.pt2").module()(batch(2)).shape for a in (1, 2)] == [(2, 6)] * 2
+
+
+# ---------------------------------------------------------------- weights as people save them
+
+SHUFFLE = torchvision.models.shufflenet_v2_x0_5(num_classes=3).state_dict()
+
+
+def named(before, state=None):
+    return {before + key: tensor for key, tensor in (state or SHUFFLE).items()}
+
+
+@pytest.mark.parametrize("content, words", [
+    (named("module."), ", less 'module.'"), (named("module._orig_mod."), ", less 'module._orig_mod.'"),
+    ({"model": SHUFFLE}, ", of the file's ['model']"),
+    ({"epoch": 3, "state_dict": named("module."), "optimizer": {"state": {0: {"momentum": torch.ones(1)}}}},
+     ", of the file's ['state_dict'], less 'module.'"),
+    ({"checkpoint": {"net": SHUFFLE}}, ", of the file's ['checkpoint']['net']")])
+def test_weights_inside_of_what_a_file_holds(use, content, words):
+    """As train.py --weights and detect.py --backbone read them."""
+    torch.save(content, "net.pt")
+    backbone = models.Backbone("shufflenet_v2_x0_5", 3)
+    found, taken = files.load_pretrained(backbone, "shufflenet_v2_x0_5", "net.pt")
+    assert taken == f"{len(SHUFFLE)} of {len(SHUFFLE)} tensors taken{words}"
+    names = files.names_in_files(backbone, "shufflenet_v2_x0_5")
+    assert all(tensor.equal(SHUFFLE[names[key]]) for key, tensor in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("content, words", [
+    ({"model": SHUFFLE, "model_ema": SHUFFLE}, ["several dictionaries of tensors (['model'], ['model_ema'])"]),
+    ({"model": SHUFFLE, "args": Namespace(lr=0.1)}, ["holds objects of argparse.Namespace", "torch.save(x['model'], NEW)"]),
+    (torch.nn.Linear(2, 2), ["holds objects of torch.nn.modules.linear.Linear", "torch.save(x.state_dict(), NEW)"]),
+    ([1, 2], ["no dictionary of tensors, but a list"]), ({"epoch": 3}, ["no dictionary of tensors, but a dict of epoch"]),
+    (named("encoder.", dict(list(SHUFFLE.items())[9:])), ["Missing keys conv1.0.weight"]),
+    (named("", {"a.b": torch.ones(1)}), ["unknown keys b"])])
+def test_what_else_a_file_of_weights_holds_is_said(fails, content, words):
+    """The names are those of the file; predict.py says the same of what it cannot take."""
+    torch.save(content, "net.pt")
+    backbone = models.Backbone("shufflenet_v2_x0_5", 3)
+    with pytest.raises(UserError) as error:
+        files.load_pretrained(backbone, "shufflenet_v2_x0_5", "net.pt")
+    assert [word for word in words if word not in str(error.value)] == [], error.value
+    alone = "keys" in words[0]  # tensors, but no student file
+    fails(["--student", "net.pt", "x.png"], *(["tensors alone"] if alone else words))
+
+
+def test_student_files_inside_of_others(use, out, images):
+    picture, student = images / "test/class3/9.png", files.read(out / "student_1_small.pt")
+    want = use(picture, "--student", out / "student_1_small.pt")
+    for content in ({"model": student}, student | dict(state_dict=named("module.", student["state_dict"]))):
+        torch.save(content, "net.pt")
+        assert use(picture, "--student", "net.pt") == want
 
 
 # ---------------------------------------------------------------- what users do wrong
