@@ -161,6 +161,13 @@ def by_seed(runs):
     return {run.seed: mean(run.last[f"{on}_top1"]) for run in runs}
 
 
+def are_paired(first, runs):
+    """Whether two rows have the same seeds, and as many steps on the same images."""
+    alike = lambda name: len({as_text(row[0].options[name]) for row in (first, runs) if name in row[0].options}) < 2
+    on_the_same = row_key(first[0]) == row_key(runs[0]) and all(map(alike, ("dataset", "classes", "digest")))
+    return on_the_same and by_seed(first).keys() == by_seed(runs).keys()
+
+
 def row(runs):
     """Cells by column of runs of one group and row_key; a student's column is its number from 1."""
     _, on, students, chosen_on = row_key(runs[0])
@@ -196,9 +203,10 @@ def table(differing, groups):
                 seeds = sorted(run.seed for run in same)
                 twice = {str(seed) for seed, after in pairwise(seeds) if seed == after}
                 warn(f"compare.py: row {len(rows) + 1}: seed {', '.join(sorted(twice))} occurs more than once")
-            first = first or scores
-            if first is not scores and first.keys() == scores.keys():
-                cells[LESS] = spread([scores[seed] - first[seed] for seed in scores])
+            first = first or same
+            if first is not same and are_paired(first, same):
+                before = by_seed(first)
+                cells[LESS] = spread([scores[seed] - before[seed] for seed in scores])
             rows.append(cells)
     numbers = sorted({column for cells in rows for column in cells if isinstance(column, int)})
     arch = next(iter(groups.values()))[0].options.get("arch")

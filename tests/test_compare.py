@@ -146,6 +146,9 @@ def test_rows_of_the_same_seeds_are_compared_seed_by_seed(tmp_path, capsys):
     _, rows, errors = run(capsys, *paths)
     column = "mean less row 1's, by seed"
     assert [row[column] for row in rows] == ["", "2.00 +- 1.00", ""] and not errors
+    elsewhere = [write_log(tmp_path / f"c{seed}", epoch(2, 5, 5), classes=("a", "b", "c"), seed=seed) for seed in range(3)]
+    _, rows, _ = run(capsys, *paths[:3], *elsewhere)
+    assert len(rows) == 2 and column not in rows[0]
     again = write_log(tmp_path / "again", epoch(2, 0, 0), method="dml", seed=1)
     _, rows, errors = run(capsys, *paths[-2:], again)
     assert errors == ["compare.py: row 1: seed 1 occurs more than once"] and column not in rows[0]
