@@ -146,7 +146,7 @@ def build(args, classes, mean, std, backbone=None):
     torch.manual_seed(args.seed)
     drawn = models.Backbone(args.arch, num_classes=1000)  # always: the heads are then drawn alike
     backbone = backbone or drawn
-    del backbone.tail, backbone.classifier
+    del backbone.tail, backbone.pool, backbone.classifier
     frozen = [backbone.stem, *backbone.stages[:args.freeze]] if args.freeze else []
     for part in frozen:
         part.requires_grad_(False)
