@@ -11,7 +11,8 @@ map, and four ordinary convolutions.
 
 Covered: nn.Conv2d on a batch with padding given in numbers; nn.BatchNorm with weight and bias that normalises by the
 batch's statistics and tracks none (running_mean is None or track_running_stats is False). Forward mode (jvp) too.
-All else stays PyTorch's: padding by name, single images, evaluation mode, running statistics, no weight or bias.
+PyTorch has no second derivative of F.hardsigmoid, which MobileNetV3 uses, and that of F.normalize is NaN for vectors of
+zeros, which Swin v2 has as keys of padded positions: both are built from what has one. All else stays PyTorch's: padding by name, single images, evaluation mode, running statistics, no weight or bias.
 Third derivatives raise an error. Not for use under autocast.
 
 Derivation. The backward pass of y = f(x, w) gives gx, gw from g = dL/dy. Let hx, hw be the gradients that arrive for
@@ -41,7 +42,17 @@ class FastSecondDerivatives(TorchFunctionMode):
         if (func is F.batch_norm and args[1] is None and kwargs["training"]
                 and kwargs["weight"] is not None and kwargs["bias"] is not None):
             return BatchNorm.apply(args[0], kwargs["weight"], kwargs["bias"], kwargs["eps"])
+        if func is F.normalize and kwargs.get("out") is None:
+            return normalize(*args, **kwargs)
+        if func is F.hardsigmoid:
+            return F.relu6(args[0] + 3) / 6
         return func(*args, **kwargs)
+
+
+def normalize(x, p=2.0, dim=1, eps=1e-12, out=None):
+    """F.normalize(x, p, dim, eps), which is x / eps in a neighbourhood of 0."""
+    is_zero = (x == 0).all(dim, keepdim=True)
+    return torch.where(is_zero, x / eps, F.normalize(torch.where(is_zero, 1, x), p, dim, eps))
 
 
 class Convolution(torch.autograd.Function):
