@@ -76,7 +76,7 @@ def little_convnext(num_classes):
 
 
 def little_swin(num_classes, **version):
-    return swin.SwinTransformer([4, 4], 8, [1, 1, 2, 2], [1, 2, 2, 4], [2, 2], stochastic_depth_prob=0.2,
+    return swin.SwinTransformer([4, 4], 8, [2, 2, 1, 1], [1, 2, 2, 4], [2, 2], stochastic_depth_prob=0.2,
                                 num_classes=num_classes, **version)
 
 

@@ -1,5 +1,6 @@
 """predict.py: pictures, evaluation and export of student files, last.pt and best.pt."""
 
+import functools
 import json
 import shutil
 import sys
@@ -8,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import SwinTransformer
 from torchvision.transforms.functional import pil_to_tensor
 
+import models
 import predict
 import train
 from conftest import flags, read_log
 from support import files
+from support.architectures import ARCHITECTURES, ExistingNetwork
 
 ROOT = Path(train.__file__).parent
 ARCH = ["small", "small_12"]
@@ -169,6 +173,25 @@ def test_export_for_pytorch(use, out, monkeypatch):
             torch.testing.assert_close(network(batch(count)), expected(own, batch(count)))
     assert "mean_std" in dict(network.named_buffers())  # so that it moves to another device
     assert json.loads(extra["classes.json"]) == own.classes == [f"class{c}" for c in range(6)]
+
+
+def test_export_of_a_transformer(use, monkeypatch):
+    """Its windows are shifted and rolled whatever the batch size."""
+    torch.manual_seed(0)
+    build = functools.partial(SwinTransformer, [4, 4], 8, [2, 1], [1, 2], [2, 2])
+    layout = ("features.0 permute | features.0.1 features.1 permute | features.0.1 features.2-3 permute | "
+              "features.0.1 norm permute | head")
+    monkeypatch.setitem(ARCHITECTURES, "two_stages", ExistingNetwork(build, layout, pool="avgpool"))
+    backbone = models.Backbone("two_stages", 3)
+    for p in backbone.parameters():
+        p.data.mul_(4 if p.dim() > 1 else 1)  # or all probabilities are alike
+    facts = dict(classes="abc", mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), image_size=16, resize=16)
+    torch.save(files.student_file(backbone, "two_stages", facts), "net.pt")
+    use("--student", "net.pt", "--export", "net.pt2")
+    network, own = torch.export.load("net.pt2").module(), predict.load_student("net.pt")
+    for count in (1, 5):
+        torch.testing.assert_close(network(batch(count)), expected(own, batch(count)))
+    assert network(batch(5)).std(0).min() > 0.01
 
 
 def test_export_for_onnx(use, out):
