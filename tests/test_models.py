@@ -3,7 +3,9 @@
 import copy
 import itertools
 import os
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -293,6 +295,21 @@ def own(tmp_path, monkeypatch):
         load_model_file(tmp_path / "own.py")
 
     return load
+
+
+def test_the_readmes_network_of_torchvision(own):
+    """Its width is found; to the last bit torchvision's, of fewer and narrower layers here."""
+    text = (Path(models.__file__).parent / "README.md").read_text()
+    block, = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "ExistingNetwork" in b)
+    small = dict(growth_rate=4, block_config=(1, 2, 1, 1), num_init_features=8)
+    own(block.replace("densenet121,", f"lambda num_classes: DenseNet(num_classes=num_classes, **{small}),")
+        .replace("import densenet121", "import DenseNet"))
+    torch.manual_seed(0)
+    theirs = build("densenet121", 3).eval()
+    torch.manual_seed(0)
+    ours, x = models.Backbone("densenet121", 3).eval(), torch.randn(2, 3, 64, 64)
+    assert torch.equal(ours(x), theirs(x)) and [m.shape[-1] for m in ours.maps(x)] == [16, 8, 4, 2]
+    models.Cohort(["densenet121", "little_swin"], 3).check(32)
 
 
 def test_students_of_ones_own(own):
