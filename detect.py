@@ -35,7 +35,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 import data
 import models
 from support import arguments, files, seeds
-from support.architectures import ARCHITECTURES, ExistingNetwork
+from support.architectures import architecture, load_model_file
 from support.coco import Plan, load_splits
 from support.console import Signals, UserError, one_line_errors, say, shorten
 from support.images import pictures, read_in_order
@@ -48,7 +48,6 @@ try:
 except ImportError:  # main says what to install
     cocoeval = None
 
-NETWORKS = [name for name, found in ARCHITECTURES.items() if isinstance(found, ExistingNetwork)]
 # mmdetection's 1x schedule, torchvision's sampling
 ONE_X = dict(epochs=12, batch_size=16, lr=0.02, milestones=[8, 11], warmup=500,
              min_size=800, max_size=1333, proposals=512)
@@ -151,8 +150,12 @@ class FPN(torch.nn.Module):
         super().__init__()
         self.body, self.out_channels = backbone, WIDTH
         with models.evaluation(backbone):
-            channels = [m.shape[1] for m in backbone.maps(torch.zeros(1, 3, 64, 64))]
-        self.pyramid = FeaturePyramidNetwork(channels, WIDTH, LastLevelMaxPool())
+            maps = backbone.maps(torch.zeros(1, 3, 128, 128))
+        strides = [128 / m.shape[-1] for m in maps]
+        if strides != [4, 8, 16, 32]:
+            raise UserError("detection wants stages at strides 4, 8, 16 and 32; this student's have "
+                            f"{', '.join(f'{stride:g}' for stride in strides)}")
+        self.pyramid = FeaturePyramidNetwork([m.shape[1] for m in maps], WIDTH, LastLevelMaxPool())
 
     def forward(self, x):
         """[B, 3, H, W] -> five maps by name, float32: of bfloat16 ones boxes are 4 pixels off."""
@@ -165,7 +168,7 @@ def build(args, classes, mean, std, backbone=None):
     torch.manual_seed(args.seed)
     drawn = models.Backbone(args.arch, num_classes=1000)  # always: the heads are then drawn alike
     backbone = backbone or drawn
-    del backbone.tail, backbone.classifier
+    del backbone.tail, backbone.pool, backbone.classifier
     frozen = [backbone.stem, *backbone.stages[:args.freeze]] if args.freeze else []
     for part in frozen:
         part.requires_grad_(False)
@@ -342,11 +345,14 @@ def build_parser():
     p = arguments.Parser("detect.py", __doc__)
     g = p.add_argument_group("what is trained")
     g.add_argument("--backbone", metavar="FILE", help="student, torchvision's weights, or: random")
-    g.add_argument("--arch", default="resnet50", choices=NETWORKS, help="its network (resnet50)")
+    g.add_argument("--arch", default="resnet50", metavar="NAME",
+                   help="its network, one of four stages: see train.py --help (resnet50)")
+    g.add_argument("--model-file", metavar="FILE", help="Python, adds architectures (README)")
     stages = arguments.limited(int, lambda x: 0 <= x <= 4, "0 to 4")
     g.add_argument("--freeze", type=stages, metavar="N",
                    help="keep stem and first N stages as they are (1; random 0)")
-    g.add_argument("--batch-norm", choices=["frozen", "train"], help="(frozen; random train)")
+    g.add_argument("--batch-norm", choices=["frozen", "train"],
+                   help="where the network has any (frozen; random train)")
     g.add_argument("--proposals", type=arguments.at_least(8), metavar="N",
                    help="regions an image that the heads train on; RPN proposes four times as "
                    "many, at most 2000 (512; pennfudan 64)")
@@ -394,6 +400,15 @@ def parse(argv=None):
     for option in ("dataset", "backbone"):
         if not (uses or vars(args)[option]):
             p.error(f"argument --{option}: must be given")
+    try:
+        if args.model_file:
+            load_model_file(args.model_file)
+        stages = architecture(args.arch).stages
+    except UserError as error:
+        p.error(f"argument --arch or --model-file: {error}")
+    if stages != 4:
+        p.error(f"argument --arch: {args.arch} has {stages} stages, detection wants four, at strides "
+                "4, 8, 16 and 32")
     if args.max_size < args.min_size:
         p.error("argument --max-size: must be at least --min-size")
     if args.out_dir is None and not uses:

@@ -317,7 +317,7 @@ def buffers_in_training(module):
 class DerivativeTrial:
     """Runs a part of a student, and tries on it what the meta step does. Raises UserError where that fails.
 
-    trial(title, module, x), a map [2, c, h, w] -> module(x), as models.Cohort.check wants it. On a
+    trial(title, module, x), x what goes into the part, for models.Cohort.check. On a
     copy in training mode, in float64 where the part can: two backward passes must go, and the
     gradient at parameters that the part is called with, as in a virtual step, must be the one at
     the same parameters put into it. This finds layers without a second derivative, and code that
@@ -330,10 +330,6 @@ class DerivativeTrial:
         self.forward_mode = True
 
     def __call__(self, title, module, x):
-        self.differentiate(title, module, x)
-        return module(x)
-
-    def differentiate(self, title, module, x):
         copied = copy.deepcopy(module).train()
         dtype = torch.float64 if runs_in_double(copied, x) else x.dtype
         copied.to(dtype)
@@ -362,7 +358,9 @@ class DerivativeTrial:
                     g, = _grad(loss(theta), [theta], create_graph=True)
                 if any(node.name().endswith("Error") for node in nodes(g)):  # once_differentiable's, never reached
                     raise NotImplementedError("a layer is marked with once_differentiable")
-                _grad(g @ u, [theta])
+                second, = _grad(g @ u, [theta])
+                if not second.isfinite().all():
+                    raise ValueError("a second derivative is NaN or infinite")
             except Exception as error:  # a user's layer raises what it likes
                 raise UserError(f"{title} cannot be differentiated twice, as the meta step wants "
                                 f"({first_line(error)}): use other layers, or --matching uniform") from error

@@ -128,16 +128,22 @@ class Method(nn.Module):
         return [b for name, b in named if b.is_floating_point() and not name.startswith(equal)]
 
     def optimizers(self):
-        """[SGD of the recipe for what `terms` trains], and the second step's if there is one."""
+        """[--optimizer for what `terms` trains], and the second step's own if there is one."""
         args = self.args
         sgd = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=True,
                    fused=True)
-        if not self.second:
-            return [torch.optim.SGD(self.parameters(), **sgd)]
-        others = set(self.second.network.parameters())
+        others = set(self.second.network.parameters()) if self.second else set()
         trained = [p for p in self.parameters() if p not in others]
-        own = self.second.optimizer(self.second.network.parameters(), **sgd)
-        return [torch.optim.SGD(trained, **sgd), own]
+        if args.no_decay_1d:
+            trained = [dict(params=[p for p in trained if p.dim() > 1]),
+                       dict(params=[p for p in trained if p.dim() <= 1], weight_decay=0.0)]
+        if args.optimizer == "adamw":
+            ordinary = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+        else:
+            ordinary = torch.optim.SGD(trained, **sgd)
+        if not self.second:
+            return [ordinary]
+        return [ordinary, self.second.optimizer(self.second.network.parameters(), **sgd)]
 
 
 def add_temperature(group):
@@ -429,8 +435,6 @@ class AFD(Method):
     def discriminators_step(self, optimizer, lr, average, images, labels, rows, outputs):
         """The discriminators learn to tell each student's map from the next one's, maps constant."""
         maps = [losses.at_least_float32(m) for m in outputs.maps]
-        # set here: --resume brings the earlier run's
-        optimizer.param_groups[0]["capturable"] = self.args.cuda_graph
         optimizer.zero_grad()  # the students' step left some
         own = self.discriminators(maps)  # [N, B]
         peer = self.discriminators(maps[1:] + maps[:1])  # [N, B]

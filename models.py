@@ -35,16 +35,16 @@ from support.console import UserError, first_line
 # ---------------------------------------------------------------- students from architectures
 
 class Stages(nn.Module):
-    """Stages in a row, then a tail, global average pooling and a classifier."""
+    """Stages in a row, then a tail, pooling to a feature, and a classifier."""
 
-    def __init__(self, stages, tail, classifier):
+    def __init__(self, stages, tail, pool, classifier):
         super().__init__()
-        self.stages, self.tail, self.classifier = stages, tail, classifier
+        self.stages, self.tail, self.pool, self.classifier = stages, tail, pool, classifier
 
     def forward_features(self, x):
         """Map [B, c, h, w] -> the map after each stage, feature [B, d], logits [B, C]."""
         maps = self.maps(x)
-        feature = self.tail(maps[-1]).mean((2, 3))  # [B, d]
+        feature = self.pool(self.tail(maps[-1]))  # [B, d]
         return maps, feature, self.classifier(feature)
 
     def maps(self, x):
@@ -103,14 +103,15 @@ class Student(nn.Module):
         return torch.stack(features), torch.stack(logits)
 
 
-def run_part(title, module, x):
-    """module(x), a map [B, c, h, w]. Raises UserError in one line for any failure."""
+def run_part(title, module, x, form="a map [B, c, h, w]"):
+    """module(x), of that form. Raises UserError in one line for any failure."""
     try:
         y = module(x)
     except Exception as error:  # a user's module raises what it likes
-        raise UserError(f"{title} fails on a map {list(x.shape)}: {first_line(error)}") from error
-    if y.dim() != 4:
-        raise UserError(f"{title} gives {list(y.shape)}, should give a map [B, c, h, w]")
+        what = "a map" if x.dim() == 4 else "features"
+        raise UserError(f"{title} fails on {what} {list(x.shape)}: {first_line(error)}") from error
+    if y.dim() != form.count(",") + 1:
+        raise UserError(f"{title} gives {list(y.shape)}, should give {form}")
     return y
 
 
@@ -133,21 +134,21 @@ class Cohort(nn.Module):
             stages = [f"{name}: {a.stages}" for name, a in zip(self.names, found, strict=True)]
             raise UserError("students of one cohort must have the same number of stages, got "
                             + (", ".join(stages) or "none"))
-        self.widths = [a.width for a in found]
         self.stages = found[0].stages if branches else 1
         self.students = nn.ModuleList(Student(Backbone(a, num_classes)) for a in found)
         for student, a in zip(self.students, found, strict=True):
             numbers = range(1, a.stages) if branches else ()
             student.branches.extend(Branch(a, b, num_classes) for b in numbers)
+        self.widths = [a.width for a in found]
 
     def forward(self, x):
         features, logits = zip(*side_by_side(self.students, x), strict=True)
         return list(features), torch.stack(logits)  # [L, B, d_a] each; [N, L, B, C]
 
-    def check(self, image_size, trial=run_part):
+    def check(self, image_size, trial=None):
         """Run every part once, in eval mode. Raises UserError where parts or the width do not fit.
 
-        trial(title, module, x): how a part is run, by default as it is.
+        trial(title, module, x): called for each part of a backbone, too, with what goes into it.
         """
         images = next(self.parameters()).new_zeros(2, 3, image_size, image_size)
         with evaluation(self):
@@ -190,13 +191,20 @@ def check_student(name, width, student, images, trial):
     backbone = student.backbone
     parts = ["stem", *(f"stage {s + 1}" for s in range(len(backbone.stages))), "tail"]
     for b, network in enumerate([backbone, *student.branches]):
+        def run(part, module, x, *form, tries=trial and b == 0):  # a branch has the same layers
+            title = f"student {name!r}: {part}"
+            if tries:
+                trial(title, module, x)
+            return run_part(title, module, x, *form)
+
         modules = [backbone.stem, *backbone.stages[:b], *network.stages, network.tail]
         x = images
         for part, module in zip(parts, modules, strict=True):
-            run = run_part if b else trial  # a branch has the same layers
-            x = run(f"student {name!r}: {part}", module, x)
-        if x.shape[1] != width:
-            raise UserError(f"student {name!r}: width is {width}, should be {x.shape[1]}")
+            x = run(part, module, x)
+        feature = run("pooling", network.pool, x, "features [B, d]")
+        if feature.shape[1] != width:
+            raise UserError(f"student {name!r}: width is {width}, should be {feature.shape[1]}")
+        run("classifier", network.classifier, feature, "logits [B, C]")
 
 
 def count_no_batches(module):

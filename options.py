@@ -21,6 +21,9 @@ RECIPES = {
     "imagenet, mcl": dict(epochs=90, weight_vcl=0.1, weight_icl=0.1),  # the conference paper's
 }
 
+# torchvision's for Swin and ConvNeXt; they come before the data set's
+OPTIMIZERS = {"sgd": dict(lr=0.1), "adamw": dict(lr=1e-3, weight_decay=0.05)}
+
 
 def build_parser(description, program, method):
     """The parser of train.py with the options of one method, a class of METHODS."""
@@ -64,15 +67,21 @@ def build_parser(description, program, method):
     g.add_argument("--batch-size", type=even,
                    help="images a step, of all processes together; some more where the set does "
                    "not divide, so that every image comes once an epoch (128; imagenet 256)")
-    g.add_argument("--lr", type=arguments.positive, default=0.1,
-                   help="initial learning rate of SGD with Nesterov momentum (0.1)")
+    g.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd",
+                   help="of all that the loss trains; virtual steps and the matching network's are "
+                   "SGD (sgd, with Nesterov momentum)")
+    g.add_argument("--lr", type=arguments.positive, help="initial learning rate (0.1; adamw 0.001)")
+    g.add_argument("--warmup", type=arguments.at_least_0, default=0, metavar="EPOCHS",
+                   help="the rate grows to --lr linearly, step by step; the schedule follows (0)")
     g.add_argument("--schedule", choices=["cosine", "multistep"],
                    help="multistep: times 0.1 at each of --milestones (cosine; imagenet multistep)")
     g.add_argument("--milestones", type=arguments.milestone, nargs="+", default=[30, 60, 90],
                    metavar="EPOCH", help="(30 60 90)")
     momentum = arguments.limited(float, lambda x: 0 < x < 1, "between 0 and 1: Nesterov needs it")
     g.add_argument("--momentum", type=momentum, default=0.9, help="(0.9)")
-    g.add_argument("--weight-decay", type=arguments.not_negative, help="(5e-4; imagenet 1e-4)")
+    g.add_argument("--weight-decay", type=arguments.not_negative, help="(5e-4; imagenet 1e-4; adamw 0.05)")
+    g.add_argument("--no-decay-1d", action="store_true",
+                   help="no weight decay of vectors: biases, and weights of normalisation")
     g.add_argument("--seed", type=arguments.seed, default=0,
                    help="of initial weights, batches and augmentation (0)")
 
@@ -108,6 +117,8 @@ def parse(description, argv=None, program="train.py"):
         stages = {known: architecture(known).stages for known in args.arch}
     except UserError as error:
         p.error(f"argument --arch: {error}")
+    if args.warmup >= args.epochs:
+        p.error(f"argument --warmup: must be below --epochs, which is {args.epochs}")
     if args.num_nets != len(args.arch):
         p.error("argument --num-nets: must be the number of names if --arch has more than one")
     if args.weights and len(args.weights) != len(args.arch):
@@ -120,7 +131,9 @@ def parse(description, argv=None, program="train.py"):
         names = f"{args.arch[0]}x{len(args.arch)}" if alike else "+".join(args.arch)
         usual = argparse.Namespace(**{option: p.get_default(option) for option in vars(args)})
         usual.method, usual.dataset = args.method, args.dataset
+        usual.optimizer = args.optimizer
         complete(usual)
+        usual.optimizer = p.get_default("optimizer")
         vars(usual).update(beginning(args))
         shown = dict(dataset=args.dataset, method=args.method, arch=names, seed=args.seed)
         args.out_dir = arguments.default_name(args, usual, shown)
@@ -161,6 +174,7 @@ def complete(args):
     if contrast and args.batches is None:
         args.batches = "pairs" if contrast == "batch" else "uniform"
     recipe = RECIPES.get(args.dataset, RECIPES["others"]) | RECIPES.get(f"{args.dataset}, {args.method}", {})
+    recipe = recipe | OPTIMIZERS[args.optimizer]
     for option, value in recipe.items():
         if vars(args).get(option, value) is None:
             vars(args)[option] = value

@@ -46,6 +46,8 @@ def train(args, dataset, method, run):
         method.start_epoch(epoch)
         for images, labels, index in run.timed(train_batches(args, dataset, run)):
             rows = method.bank.sample(index, epoch, run.step) if method.bank else None
+            if epoch < args.warmup:
+                run.set_lr(learning_rate(args, epoch, (run.step + 1) / run.steps_per_epoch))
             seed_dropout(args.seed, run.total_steps, run.processes.rank)
             logged, outputs = ordinary_step(images, labels, rows)
             run.add(logged, len(labels))
@@ -97,11 +99,14 @@ def make_steps(args, dataset, method, run):
     return CUDAGraphs(ordinary_step, phase), captured_second
 
 
-def learning_rate(args, epoch):
+def learning_rate(args, epoch, share=0.0):
+    """By the epoch, counted from 0. share: of it that is done, for the first --warmup epochs, linear."""
+    warm = min(1, (epoch + share) / args.warmup) if args.warmup else 1
     if args.schedule == "cosine":
-        return args.lr / 2 * (1 + math.cos(math.pi * epoch / args.epochs))
+        done = max(0, epoch - args.warmup)
+        return args.lr * warm / 2 * (1 + math.cos(math.pi * done / (args.epochs - args.warmup)))
     drops = sum(epoch >= milestone for milestone in args.milestones)
-    return args.lr * 0.1 ** drops
+    return args.lr * warm * 0.1 ** drops
 
 
 def train_batches(args, dataset, run):
@@ -231,6 +236,8 @@ def report(args, dataset, method, run, loss_in_words):
     total = args.epochs * run.steps_per_epoch
     end = f", ending at {args.max_steps:,}" if args.max_steps else ""
     drops = f", drops at {args.milestones}" if args.schedule == "multistep" else ""
+    drops += f", {args.optimizer}" if args.optimizer != "sgd" else ""
+    drops += f", {args.warmup} epochs of warm-up" if args.warmup else ""
     say(f"steps      {args.epochs} epochs of {run.steps_per_epoch} steps of {args.batch_size} = {total:,}"
         f"{end}; {args.schedule} schedule{drops}")
     for name, student in dict(zip(args.arch, students, strict=True)).items():

@@ -5,6 +5,7 @@ modules' names, see `ExistingNetwork`. `python models.py` prints what those in A
 """
 
 import functools
+import itertools
 import re
 import traceback
 import types
@@ -14,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torch.overrides import TorchFunctionMode
 from torchvision.models.shufflenetv2 import InvertedResidual
 
 from support.console import UserError, first_line
@@ -239,41 +241,121 @@ def he_normal(module):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
+class Mean(nn.Module):
+    """Global average pooling: [B, c, h, w] -> [B, c]."""
+
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
 class ExistingNetwork:
     """A network whose modules run in a row, cut into stages by their names.
 
     build: build(num_classes=C) makes the network, with its own initialisation.
-    layout: names of its modules, "stem | stage 1 | ... | stage L | tail | classifier". Pooling
-    before the classifier is understood, a section may be empty. width: channels after the tail.
-    blocks: {b: blocks that branch b keeps of each of its stages}, others keep all.
+    layout: names of its modules, "stem | stage 1 | ... | stage L | tail | classifier". 2-4 are the
+    modules 2 3 4, a section may be empty, a module without parameters may come again.
+    width: of the pooled feature. None: a run on 64 pixels finds it.
+    blocks: {b: blocks that branch b keeps of each of its stages}, others keep all. "fewest": each
+    branch leaves out all blocks that keep the shape of their map and follow one of their class.
+    pool: names of modules between tail and classifier, whose output is flattened to [B, width].
+    None: the mean over positions.
     """
 
-    def __init__(self, build, layout, width, blocks=None):
-        self.build, self.width, self.blocks = build, width, blocks or {}
-        self.sections = [section.split() for section in layout.split("|")]
-        self.stages = len(self.sections) - 3
-        stages = [f"stages.{s}" for s in range(self.stages)]
+    def __init__(self, build, layout, width=None, blocks=None, pool=""):
+        self.build, self.blocks = build, blocks or {}
+        self.measured = None if width is None else (width, [])
+        *others, classifier = [module_names(section) for section in layout.split("|")]
+        self.sections = [*others, module_names(pool), classifier]
+        self.stages = len(self.sections) - 4
+        parts = ["stem", *(f"stages.{s}" for s in range(self.stages)), "tail", "pool", "classifier"]
         self.prefixes = {}  # of tensors' names: in a Backbone -> in the network
-        for part, names in zip(["stem", *stages, "tail", "classifier"], self.sections, strict=True):
+        for part, names in zip(parts, self.sections, strict=True):
             for i, name in enumerate(names):  # several become a Sequential
-                ours = f"{part}.{i}." if len(names) > 1 else f"{part}."
+                ours = f"{part}.{i}." if len(names) > 1 or part == "pool" else f"{part}."
                 self.prefixes[ours] = f"{name}."
+
+    @property
+    def width(self):
+        if self.measured is None:
+            with torch.random.fork_rng([]):  # what a seed draws is the same, measured or not
+                self.measure(self.build(num_classes=1))
+        return self.measured[0]
 
     def parts(self, branch, num_classes):
         """As `make_parts`, with the stem; drawn as the network draws itself."""
         network = self.build(num_classes=num_classes)
-        modules = []
-        for section in self.sections:
-            found = [network.get_submodule(name) for name in section]
-            modules.append(found[0] if len(found) == 1 else nn.Sequential(*found))
-        stem, *stages, tail, classifier = modules
-        keep = self.blocks.get(branch)
-        stages = [stage[:keep] if keep else stage for stage in stages[branch:]]
-        return stem, nn.ModuleList(stages), tail, classifier
+        stem, *stages, tail, pool, classifier = self.find(network)
+        rows = [in_a_row(stage) for stage in stages]
+        if branch and self.blocks == "fewest":
+            if not (self.measured and self.measured[1]):
+                self.measure(network)
+            pairs = zip(stages, self.measured[1], strict=True)
+            rows = [nn.Sequential(*itertools.compress(blocks_of(s), keep)) for s, keep in pairs]
+        elif branch and branch in self.blocks:
+            rows = [nn.Sequential(*list(row)[:self.blocks[branch]]) for row in rows]
+        pool = nn.Sequential(*pool, nn.Flatten()) if pool else Mean()
+        stages = nn.ModuleList(rows[branch:])
+        return in_a_row(stem), stages, in_a_row(tail), pool, in_a_row(classifier)
+
+    def find(self, network):
+        """The modules of each section, lists. Raises UserError where names and network differ."""
+        modules = dict(network.named_modules())
+        for name in itertools.chain(*self.sections):
+            if name not in modules:
+                raise UserError(f"{type(network).__name__} has no module {name!r}, which its layout "
+                                "names")
+        named = tuple(self.prefixes.values())
+        for key in network.state_dict():
+            if not key.startswith(named):
+                raise UserError(f"the layout of {type(network).__name__} leaves out {key}")
+        return [[modules[name] for name in section] for section in self.sections]
+
+    def measure(self, network):
+        """Find the width, and for each stage which blocks a branch keeps, from one black image."""
+        stem, *stages, tail, pool, _ = self.find(network)
+        x, kept = next(network.parameters()).new_zeros(1, 3, 64, 64), []
+        network.eval()
+        try:
+            with torch.no_grad():
+                x = in_a_row(stem)(x)
+                for stage in stages:
+                    keep, before = [], None
+                    for block in blocks_of(stage):
+                        shape, x = x.shape, block(x)
+                        keep.append(x.shape != shape or type(block) is not before)
+                        before = type(block)
+                    kept.append(keep)
+                x = in_a_row([*tail, *(pool or [Mean()])])(x).flatten(1)
+        except Exception as error:  # a user's module raises what it likes
+            raise UserError(f"the parts of {type(network).__name__} do not run in a row on 64 "
+                            f"pixels: {first_line(error)}") from error
+        network.train()
+        self.measured = x.shape[1], kept
+
+
+def module_names(section):
+    """"a.1-3 b" -> ["a.1", "a.2", "a.3", "b"]."""
+    names = []
+    for name in section.split():
+        several = re.fullmatch(r"(.*\.)(\d+)-(\d+)", name)
+        numbers = range(int(several[2]), int(several[3]) + 1) if several else ()
+        names += [f"{several[1]}{i}" for i in numbers] or [name]
+    return names
+
+
+def blocks_of(modules):
+    """A list of modules, with those in an nn.Sequential in its place."""
+    is_row = lambda module: type(module).forward is nn.Sequential.forward
+    return [block for module in modules for block in (module if is_row(module) else [module])]
+
+
+def in_a_row(modules):
+    """One module as it is, several as an nn.Sequential."""
+    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
 
 
 def make_parts(architecture, branch, num_classes):
-    """Fresh stem (None for a branch), stages after number `branch`, tail, classifier."""
+    """Fresh stem (None for a branch), stages after number `branch`, tail, pooling, classifier."""
     if num_classes < 1:
         raise UserError(f"num_classes is {num_classes}, must be at least 1")
     if isinstance(architecture, ExistingNetwork):
@@ -284,15 +366,67 @@ def make_parts(architecture, branch, num_classes):
     for part in (stages, tail, classifier):
         part.apply(architecture.initialise)
     stem = None if branch else architecture.stem().apply(architecture.initialise)
-    return stem, stages, tail, classifier
+    return stem, stages, tail, Mean(), classifier
+
+
+# ---------------------------------------------------------------- torchvision's networks
+
+# Swin's maps are [B, h, w, c]: a stage gets and gives [B, c, h, w], by the network's own permutations
+SWIN = ("features.0 permute | features.0.1 features.1 permute | "
+        "features.0.1 features.2-3 permute | features.0.1 features.4-5 permute | "
+        "features.0.1 features.6-7 permute | features.0.1 norm permute | head")
+MBCONV = "features.0-1 | features.2 | features.3 | features.4-5 | features.6-7 | features.8 | classifier"
+LAYOUTS = {  # pattern of names: stages at strides 4, 8, 16, 32, and pooling
+    r"mobilenet_v2": ("features.0-1 | features.2-3 | features.4-6 | features.7-13 | features.14-17 "
+                      "| features.18 | classifier", ""),
+    r"mobilenet_v3_large": ("features.0-1 | features.2-3 | features.4-6 | features.7-12 | "
+                            "features.13-15 | features.16 | classifier", "avgpool"),
+    r"mobilenet_v3_small": ("features.0 | features.1 | features.2-3 | features.4-8 | "
+                            "features.9-11 | features.12 | classifier", "avgpool"),
+    r"efficientnet_v2_s": (MBCONV.replace("6-7 | features.8", "6 | features.7"), "avgpool"),
+    r"efficientnet_.*": (MBCONV, "avgpool"),
+    r"regnet_.*": ("stem | trunk_output.block1 | trunk_output.block2 | trunk_output.block3 | "
+                   "trunk_output.block4 | | fc", "avgpool"),
+    r"mnasnet.*": ("layers.0-7 | layers.8 | layers.9 | layers.10-11 | layers.12-13 | layers.14-16 "
+                   "| classifier", ""),
+    r"convnext_.*": ("features.0 | features.1 | features.2-3 | features.4-5 | features.6-7 | | "
+                     "classifier.2", "avgpool classifier.0-1"),
+    r"swin_.*": (SWIN, "avgpool"),
+}
+
+
+CLASSIFIERS = torchvision.models.list_models(torchvision.models)
+
+
+class EmptyOnMeta(TorchFunctionMode):
+    """torch.empty without memory."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        more = {"device": "meta"} if func is torch.empty else {}
+        return func(*args, **{**(kwargs or {}), **more})
+
+
+def build_torchvision(name, num_classes):
+    """torchvision's network, drawn. RegNet computes its widths by tensors, also on the meta device."""
+    build = functools.partial(torchvision.models.get_model, name, num_classes=num_classes)
+    if name.startswith("regnet") and torch.empty(0).is_meta:
+        with torch.device("cpu"), EmptyOnMeta():
+            return build().to("meta")
+    return build()
 
 
 def torchvision_network(name):
-    """Branches keep one block a stage (ResNet); the first two units, others all (ShuffleNetV2)."""
-    build = functools.partial(torchvision.models.get_model, name, weights=None)
+    """Branches keep one block a stage (ResNet); the first two units, others all (ShuffleNetV2).
+
+    Those of LAYOUTS keep the fewest blocks, each with the stochastic depth of its place.
+    """
+    build = functools.partial(build_torchvision, name)
     if name.startswith("shufflenet"):
         return ExistingNetwork(build, "| conv1 maxpool | stage2 | stage3 | stage4 | conv5 | fc",
                                width=2048 if name.endswith("x2_0") else 1024, blocks={1: 2})
+    for pattern, (layout, pool) in LAYOUTS.items():
+        if re.fullmatch(pattern, name):
+            return ExistingNetwork(build, layout, blocks="fewest", pool=pool)
     layout = "conv1 bn1 relu maxpool | layer1 | layer2 | layer3 | layer4 | | fc"
     width = 512 if name in ("resnet18", "resnet34") else 2048
     return ExistingNetwork(build, layout, width, blocks={1: 1, 2: 1, 3: 1})
@@ -307,7 +441,8 @@ ARCHITECTURES = {
     **{name: torchvision_network(name) for name in (  # ImageNet, by torchvision's names
         "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",
         "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
-        "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0")},
+        "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0",
+        *(name for name in CLASSIFIERS if re.fullmatch("|".join(LAYOUTS), name)))},
 }
 
 
@@ -319,6 +454,12 @@ def architecture(name):
         depth, k = int(wide[1]), int(wide[2])
         if depth >= 10 and (depth - 4) % 6 == 0 and k >= 1:
             return WRN(depth, k)
+    if name.startswith("vit_"):
+        raise UserError(f"student {name!r} has no stages: all its blocks see maps of one size")
+    if name in CLASSIFIERS:
+        raise UserError(f"student {name!r}: the stages of this network of torchvision's are not "
+                        "known here; declare them with ExistingNetwork in a --model-file (README, "
+                        "Your own student)")
     raise UserError(f"unknown student {name!r}; known: {', '.join(ARCHITECTURES)}, wrn_D_K with "
                     "D = 6n+4, and what --model-file adds")
 
@@ -329,8 +470,10 @@ def check_architecture(name, found):
         kind = found.__name__
         raise UserError(f"student {name!r} is the class {kind}: register an instance, {kind}()")
     wanted = ("stages", "width", "stem", "stage", "tail", "initialise")
+    if isinstance(found, ExistingNetwork):
+        return found
     missing = [attribute for attribute in wanted if not hasattr(found, attribute)]
-    if missing and not isinstance(found, ExistingNetwork):
+    if missing:
         raise UserError(f"student {name!r} lacks {', '.join(missing)}; an architecture has "
                         f"{', '.join(wanted)}")
     return found

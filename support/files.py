@@ -162,7 +162,9 @@ def student_file(backbone, name, facts):
     The state_dict of an `ExistingNetwork` loads into that network:
     torchvision.models.resnet18(num_classes=C).load_state_dict(torch.load(path)["state_dict"]).
     """
-    state = {}
+    found, state = architecture(name), {}
+    if isinstance(found, ExistingNetwork):  # its state_dict, with the version that MNASNet asks for
+        state = found.build(num_classes=len(facts["classes"])).state_dict()
     for key, theirs in names_in_files(backbone, name).items():
         tensor = backbone.state_dict()[key].cpu()
         state[theirs] = tensor.clone(memory_format=torch.contiguous_format)

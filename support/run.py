@@ -139,7 +139,15 @@ class Run:
         self.log = [dict(command=command, args=vars(args), torch=str(torch.__version__),
                          device=device_name(args.device), processes=processes.size, **metadata)]
         self.reset()
+        self.let_capture()
         self.last_shown = self.saved = self.clock = time.perf_counter()
+
+    def let_capture(self):
+        """Adam and AdamW ask to be told of --cuda-graph, which may differ in a resumed run."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if "capturable" in group:
+                    group["capturable"] = getattr(self.args, "cuda_graph", False)
 
     def reset(self):
         """What an epoch sums: terms, finite steps, images, seconds of training and of waiting."""
@@ -161,11 +169,11 @@ class Run:
         self.clock = time.perf_counter()
 
     def set_lr(self, lr):
-        """lr: a float, for the SGD optimizers and for whoever reads self.lr."""
+        """lr: a float, for the SGD and AdamW optimizers and for whoever reads self.lr."""
         self.logged_lr = lr
         self.lr = self.lr.fill_(lr) if torch.is_tensor(self.lr) else lr
         for optimizer in self.optimizers:
-            if isinstance(optimizer, torch.optim.SGD):
+            if isinstance(optimizer, (torch.optim.SGD, torch.optim.AdamW)):  # afd's Adam has its own
                 for group in optimizer.param_groups:
                     group["lr"] = self.lr
 
@@ -400,6 +408,7 @@ class Run:
         load_into(self.model, state["model"], path)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+        self.let_capture()
         for name in self.PROGRESS:
             setattr(self, name, state[name])
         header = self.log[0]  # of the run's first start; "resumed" lists starts on something else

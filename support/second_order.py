@@ -4,13 +4,15 @@
         gradient, = torch.autograd.grad(loss(theta), [theta], create_graph=True)
     torch.autograd.grad(gradient @ u, [theta])           # the second backward pass uses the formulas below
 
-Values and derivatives are PyTorch's up to rounding: leaving the mode out changes speed and memory only. PyTorch
-differentiates the backward pass of batch normalisation by dozens of operations on the feature map, and that of a
-convolution's weight by a convolution whose kernel is as large as the map. Here the same takes seven operations on the
-map, and four ordinary convolutions.
+Values and derivatives are PyTorch's up to rounding: leaving the mode out changes speed and memory only, but for the
+two functions at the end of the next paragraph. PyTorch differentiates the backward pass of batch normalisation by
+dozens of operations on the feature map, and that of a convolution's weight by a convolution whose kernel is as large as
+the map. Here the same takes seven operations on the map, and four ordinary convolutions.
 
 Covered: nn.Conv2d on a batch with padding given in numbers; nn.BatchNorm with weight and bias that normalises by the
 batch's statistics and tracks none (running_mean is None or track_running_stats is False). Forward mode (jvp) too.
+PyTorch has no second derivative of F.hardsigmoid, which MobileNetV3 uses, and that of F.normalize is NaN for vectors of
+zeros, which Swin v2 has as keys [B, heads, n, d] of padded positions: here both have one, F.normalize in four dimensions.
 All else stays PyTorch's: padding by name, single images, evaluation mode, running statistics, no weight or bias.
 Third derivatives raise a RuntimeError. Not for use under autocast.
 
@@ -42,6 +44,10 @@ class FastSecondDerivatives(TorchFunctionMode):
         if (func is F.batch_norm and args[1] is None and kwargs["training"]
                 and kwargs["weight"] is not None and kwargs["bias"] is not None):
             return BatchNorm.apply(args[0], kwargs["weight"], kwargs["bias"], kwargs["eps"])
+        if func is F.normalize and args[0].dim() == 4 and kwargs.get("out") is None:
+            return normalize(*args, **kwargs)
+        if func is F.hardsigmoid:
+            return F.relu6(args[0] + 3) / 6
         return func(*args, **kwargs)
 
 
@@ -74,6 +80,12 @@ def no_third_derivatives(backward):
         return tuple(results)
 
     return second
+
+
+def normalize(x, p=2.0, dim=1, eps=1e-12, out=None):
+    """F.normalize(x, p, dim, eps), which is x / eps in a neighbourhood of 0."""
+    is_zero = (x == 0).all(dim, keepdim=True)
+    return torch.where(is_zero, x / eps, F.normalize(torch.where(is_zero, 1, x), p, dim, eps))
 
 
 class Convolution(torch.autograd.Function):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -14,9 +15,11 @@ import pytest
 import torch
 import torch.nn as nn
 from PIL import Image
+from torchvision.models import convnext, efficientnet, mnasnet, mobilenetv2, mobilenetv3, regnet
+from torchvision.models import swin_transformer as swin
 
 import train
-from support.architectures import ARCHITECTURES, he_normal
+from support.architectures import ARCHITECTURES, LAYOUTS, ExistingNetwork, he_normal
 from support.run import Run
 
 torch.set_num_threads(1)  # small tensors: a second thread would mostly be waited for
@@ -48,6 +51,51 @@ class Small:
 
 
 Run.SECONDS_BETWEEN_SAVES = -1  # each epoch is saved, as where epochs are long
+def little_mobilenet_v3(num_classes):
+    rows = [(8, 8, True, "RE", 2), (8, 12, False, "RE", 2), (12, 12, False, "RE", 1), (12, 16, True, "HS", 2),
+            *[(16, 16, True, "HS", 1)] * 2, (16, 20, True, "HS", 1), (20, 20, True, "HS", 1), (20, 24, True, "HS", 2),
+            *[(24, 24, True, "HS", 1)] * 2]
+    blocks = [mobilenetv3.InvertedResidualConfig(a, 3, 2 * a, b, se, act, stride, 1, 1.0)
+              for a, b, se, act, stride in rows]
+    return mobilenetv3.MobileNetV3(blocks, 32, num_classes)
+
+
+def little_efficientnet(num_classes):
+    rows = [(1, 1, 8, 8, 1), (2, 2, 8, 12, 1), (2, 2, 12, 12, 2), (2, 2, 12, 16, 1), (2, 1, 16, 20, 2), (2, 2, 20, 24, 2),
+            (2, 1, 24, 28, 1)]
+    blocks = [efficientnet.MBConvConfig(expand, 3, stride, a, b, n) for expand, stride, a, b, n in rows]
+    return efficientnet.EfficientNet(blocks, 0.2, 0.2, num_classes)
+
+
+def little_regnet(num_classes):
+    return regnet.RegNet(regnet.BlockParams([1, 1, 2, 2], [8, 16, 24, 32], [8] * 4, [1.0] * 4, [2] * 4, 0.25),
+                         num_classes)
+
+
+def little_convnext(num_classes):
+    blocks = [convnext.CNBlockConfig(*row) for row in ((8, 16, 1), (16, 24, 1), (24, 32, 2), (32, None, 2))]
+    return convnext.ConvNeXt(blocks, 0.2, num_classes=num_classes)
+
+
+def little_swin(num_classes, **version):
+    return swin.SwinTransformer([4, 4], 8, [2, 2, 1, 1], [1, 2, 2, 4], [2, 2], stochastic_depth_prob=0.2,
+                                num_classes=num_classes, **version)
+
+
+def little_swin_v2(num_classes):
+    return little_swin(num_classes, block=swin.SwinTransformerBlockV2, downsample_layer=swin.PatchMergingV2)
+
+
+# a small network of each family: torchvision's own classes, cut as the real ones
+LITTLE = {
+    "mobilenet_v2": lambda num_classes: mobilenetv2.MobileNetV2(num_classes, width_mult=0.1),
+    "mobilenet_v3_small": little_mobilenet_v3, "efficientnet_.*": little_efficientnet,
+    "mnasnet.*": lambda num_classes: mnasnet.MNASNet(0.1, num_classes), "regnet_.*": little_regnet,
+    "convnext_.*": little_convnext, "swin_.*": little_swin, "swin_v2": little_swin_v2}
+FAMILIES = {f"little_{re.sub(r'_?[.][*]', '', pattern)}": build for pattern, build in LITTLE.items()}
+for (name, build), pattern in zip(FAMILIES.items(), LITTLE, strict=True):
+    layout, pool = LAYOUTS.get(pattern, LAYOUTS["swin_.*"])
+    ARCHITECTURES[name] = ExistingNetwork(build, layout, blocks="fewest", pool=pool)
 ARCHITECTURES |= {"small": Small(8), "small_12": Small(12)}
 TIMES = ("seconds", "images_per_second", "data_seconds")
 

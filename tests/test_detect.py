@@ -22,8 +22,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 import data
 import detect
 import models
-from conftest import assert_same, fork, read_log, wait
+from conftest import FAMILIES, assert_same, fork, read_log, wait
 from support import coco as coco_module
+from support.architectures import ARCHITECTURES
 from support.coco import Pictures, Plan, load_splits
 from support.console import ImageError, UserError
 from support.files import CHECKPOINT_FORMAT, STUDENT_FILE, names_in_files, save_checkpoint
@@ -442,6 +443,50 @@ def test_backbones(arch, layers, tmp_path):
     assert all(torch.equal(state[k], heads[k]) for k in state if "backbone.body" not in k)
     assert not torch.equal(*(s["backbone.body.stages.3.0.conv1.weight" if arch == "resnet18" else
                                "backbone.body.stages.3.0.branch2.0.weight"] for s in (heads, state)))
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_a_backbone_of_each_family(arch):
+    """FPN reads the stages' maps at strides 4 to 32; batch norm, where there is any, is constant."""
+    model = detect.build(options("--arch", arch), ["a"], *data.IMAGENET).train()
+    body, found = model.backbone.body, model.backbone(torch.rand(1, 3, 64, 64))
+    assert [m.shape[1:] for m in found.values()] == [(detect.WIDTH, n, n) for n in (16, 8, 4, 2, 1)]
+    assert not [m for m in body.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    trained = {name.split(".")[1] for name, p in body.named_parameters() if p.requires_grad}
+    assert trained == {"1", "2", "3"} and not hasattr(body, "tail") and not hasattr(body, "pool")
+
+
+def test_layers_of_a_transformer_that_learn(own):
+    """LayerNorm does, stem and first stage do not."""
+    model = detect.build(options("--arch", "little_swin"), ["a", "b"], *data.IMAGENET)
+    body = model.backbone.body
+    before = {name: p.clone() for name, p in body.named_parameters()}
+    losses = one_step(options("--arch", "little_swin"), model, own)
+    assert all(value.isfinite() for value in losses.values())
+    same = {name.rsplit(".", 1)[0] for name, p in body.named_parameters() if torch.equal(p, before[name])}
+    first = ("stem.", "stages.0.")
+    assert same and all(name.startswith(first) for name in same)
+    assert not [name for name in before if name.startswith(first) and not torch.equal(before[name], body.get_parameter(name))]
+
+
+def test_a_student_of_ones_own(run, fails):
+    """By --model-file; one whose maps are of other strides is refused in a line."""
+    for name, stride in (("right", 2), ("wrong", 1)):
+        Path(f"{name}.py").write_text(
+            "from torch import nn\nfrom support.architectures import ARCHITECTURES\n"
+            "layer = lambda inputs, stride: nn.Sequential(nn.Conv2d(inputs, 8, 3, stride, 1), nn.ReLU())\n"
+            "class Four:\n    stages, width = 4, 8\n"
+            f"    def stem(self): return layer(3, {stride})\n"
+            "    def stage(self, s): return layer(8, 2)\n    def tail(self): return nn.Identity()\n"
+            f"    def initialise(self, module): pass\nARCHITECTURES['{name}'] = Four()\n")
+    try:
+        fails("--arch", "wrong", "--model-file", "wrong.py", words=["strides 4, 8, 16 and 32; this student's have 2, 4, 8"])
+        fails("--arch", "right", words=["--arch", "unknown student 'right'"], status=2)
+        log = run("--arch", "right", "--model-file", "right.py", "--epochs", 1)
+        assert log[-1]["step"] == 2
+    finally:
+        for name in ("right", "wrong"):
+            ARCHITECTURES.pop(name, None)
 
 
 def test_backbones_of_another_architecture_are_refused(tmp_path):

@@ -9,6 +9,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from PIL import Image, ImageChops
+from torchvision.models import convnext, efficientnet, mobilenetv2, mobilenetv3, regnet
+from torchvision.models import swin_transformer as swin
+from torchvision.ops import Permute
 
 import meta
 import models
@@ -329,6 +332,68 @@ def test_meta_step_gradient_equals_the_definition(frozen, memory_format, moving)
     sgd(phi).step()
     pairs = zip(matching.parameters(), phi.parameters(), strict=True)
     assert all(torch.allclose(p, q, rtol=1e-12) for p, q in pairs)
+
+
+def on_eight(block):
+    """For blocks whose squeeze-excitation has eight channels at least."""
+    return nn.Sequential(nn.Conv2d(4, 8, 1), block, nn.Conv2d(8, 4, 1))
+
+
+def nhwc(block):
+    """On maps [B, h, w, c], as Swin's blocks are."""
+    return nn.Sequential(Permute([0, 2, 3, 1]), block, Permute([0, 3, 1, 2]))
+
+
+LAYERS = {  # torchvision's blocks of four channels, by what they bring along
+    "hard-swish, hard-sigmoid, squeeze-excitation": lambda: on_eight(mobilenetv3.InvertedResidual(
+        mobilenetv3.InvertedResidualConfig(8, 3, 8, 8, True, "HS", 1, 1, 1.0), nn.BatchNorm2d)),
+    "SiLU, squeeze-excitation, stochastic depth": lambda: on_eight(efficientnet.MBConv(
+        efficientnet.MBConvConfig(2, 3, 1, 8, 8, 1), 0.5, nn.BatchNorm2d)),
+    "fused MBConv": lambda: efficientnet.FusedMBConv(
+        efficientnet.FusedMBConvConfig(2, 3, 1, 4, 4, 1), 0.5, nn.BatchNorm2d),
+    "ReLU6, depthwise convolution": lambda: mobilenetv2.InvertedResidual(4, 4, 1, 2),
+    "grouped convolution": lambda: regnet.ResBottleneckBlock(
+        4, 4, 1, nn.BatchNorm2d, nn.ReLU, group_width=2, se_ratio=0.25),
+    "LayerNorm, GELU, layer scale": lambda: convnext.CNBlock(4, layer_scale=0.5, stochastic_depth_prob=0.5),
+    "LayerNorm on maps": lambda: convnext.LayerNorm2d(4),
+    "shifted window attention": lambda: nhwc(swin.SwinTransformerBlock(
+        4, 2, [2, 2], [1, 1], stochastic_depth_prob=0.5)),
+    "shifted window attention, v2": lambda: nn.Sequential(nn.Conv2d(4, 4, 2), nhwc(
+        swin.SwinTransformerBlockV2(4, 2, [2, 2], [1, 1])), nn.ZeroPad2d((0, 1, 0, 1))),
+    "shifted window attention, v2, padded": lambda: nhwc(swin.SwinTransformerBlockV2(4, 2, [2, 2], [1, 1])),
+    "patch merging": lambda: nn.Sequential(nn.Conv2d(4, 2, 1), nhwc(swin.PatchMerging(2))),
+    "patch merging, v2": lambda: nn.Sequential(nn.Conv2d(4, 2, 1), nhwc(swin.PatchMergingV2(2))),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_meta_step_through_each_kind_of_layer(layer, monkeypatch):
+    """Also by forward mode, which makes the first virtual step; stochastic depth leaves out the same samples.
+
+    The oracle has two functions in words that PyTorch differentiates twice.
+    """
+    _, matching, images, contrast, task = meta_setting()
+    students = TwoStudents()
+    students.bodies = nn.ModuleList(
+        nn.Sequential(*body[:2], LAYERS[layer](), LAYERS[layer]()) for body in students.bodies)
+    students = students.double()
+    phi, (params, call) = copy.deepcopy(matching), runner(copy.deepcopy(students))
+    meta.meta_step(students, matching, sgd(matching), images, contrast, task, inner_steps=2, **HYPER)
+
+    def forward(p):
+        torch.manual_seed(0)
+        return call(p, images)
+
+    norm = lambda x, dim: x.square().sum(dim, keepdim=True).clamp(min=1e-24).sqrt()
+    monkeypatch.setattr(F, "normalize", lambda x, dim: x / norm(x, dim))
+    monkeypatch.setattr(F, "hardsigmoid", lambda x, inplace: (x / 6 + 0.5).clamp(0, 1))
+
+    weights = phi([f.detach() for f in forward(params)[0]])
+
+    inner = lambda p: contrast(forward(p)[1], weights)
+    outer = lambda p: task(forward(p)[2])
+    exact = torch.autograd.grad(unrolled(inner, outer, params, None, 2, **HYPER), list(phi.parameters()))
+    assert distance(gradients(matching), exact) < 1e-9
 
 
 @pytest.mark.parametrize("moving", [False, True])

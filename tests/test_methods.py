@@ -415,6 +415,22 @@ def test_optimizers_are_those_of_the_options(name, arch):
         assert [theirs[k] for k in ("lr", "momentum", "weight_decay", "nesterov")] == [0.01, 0.6, 0.02, True]
 
 
+def test_adamw_and_no_decay_of_vectors():
+    """AdamW trains what the loss trains, SGD the matching network; both have the options' rate and decay."""
+    method, _, _ = make("lmcl", "--optimizer", "adamw", "--no-decay-1d", arch=["small"])
+    ours, second = method.optimizers()
+    matrices, vectors = ours.param_groups
+    assert type(ours) is torch.optim.AdamW and type(second) is torch.optim.SGD
+    assert {p.dim() for p in vectors["params"]} == {1} and min(p.dim() for p in matrices["params"]) == 2
+    trained = {p for k, p in method.named_parameters() if not k.startswith("matching_network.")}
+    assert {*matrices["params"], *vectors["params"]} == trained
+    settings = [(g["lr"], g["weight_decay"]) for g in (matrices, vectors, *second.param_groups)]
+    assert settings == [(0.001, 0.05), (0.001, 0), (0.001, 0.05)]
+    plain, = make("mcl", "--no-decay-1d", "--lr", "0.2", arch=["small"])[0].optimizers()
+    assert type(plain) is torch.optim.SGD
+    assert [(g["lr"], g["weight_decay"]) for g in plain.param_groups] == [(0.2, 5e-4), (0.2, 0)]
+
+
 def test_operations_of_a_step():
     """Ordinary step with its optimizer, and meta step, of resnet8 x 2, views aside: they do not creep up."""
     method, x, y = make("lmcl", "--device", "cpu", arch=["resnet8"])

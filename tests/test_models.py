@@ -3,7 +3,9 @@
 import copy
 import itertools
 import os
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import torchvision
 from PIL import Image, ImageOps
 
 import models
+from conftest import FAMILIES
 from predict import load_student
 from support import architectures
 from support.architectures import ARCHITECTURES, ExistingNetwork, architecture, load_model_file
@@ -80,30 +83,75 @@ def test_a_student_forward_and_backward(name):
     assert torch.equal(models.Cohort([name], 7)(x)[1], logits)
 
 
-@pytest.mark.parametrize("name", ["resnet34", "resnext50_32x4d", "wide_resnet50_2", "shufflenet_v2_x2_0"])
+ONE_OF_EACH_LAYOUT = ["resnet34", "resnext50_32x4d", "wide_resnet50_2", "shufflenet_v2_x2_0", "mobilenet_v2",
+                      "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0", "efficientnet_v2_s",
+                      "regnet_x_400mf", "mnasnet1_3", "convnext_tiny", "swin_t", "swin_v2_t"]
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_LAYOUT)
 def test_a_torchvision_backbone_has_torchvisions_tensors(name):
+    """Names, shapes and the published number of parameters; four stages at strides 4 to 32."""
     with torch.device("meta"):
-        ours = models.Backbone(name, 5)
-        theirs = torchvision.models.get_model(name, weights=None, num_classes=5)
+        ours = models.Backbone(name, 1000)
+        theirs = torchvision.models.get_model(name, weights=None) if "regnet" not in name else ours
+        maps = ours.eval().maps(torch.zeros(1, 3, 64, 64))
     names = names_in_files(ours, name)
     state = {names[key]: x.shape for key, x in ours.state_dict().items()}
-    assert state == {key: x.shape for key, x in theirs.state_dict().items()}
-    assert ours.classifier.in_features == architecture(name).width
+    assert theirs is ours or state == {key: x.shape for key, x in theirs.state_dict().items()}
+    published = torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
+    assert models.parameters(ours) == published and [64 // m.shape[-1] for m in maps] == [4, 8, 16, 32]
+    assert [m.shape[-2] for m in maps] == [16, 8, 4, 2]
+    last = [m for m in ours.classifier.modules() if isinstance(m, nn.Linear)]
+    assert last[0].in_features == architecture(name).width
 
 
-@pytest.mark.parametrize("name", TORCHVISION_SMALL)
+def build(name, classes):
+    """The network itself, without our stages."""
+    return architecture(name).build(num_classes=classes)
+
+
+@pytest.mark.parametrize("name", [*TORCHVISION_SMALL, *FAMILIES])
 def test_a_torchvision_backbone_is_torchvisions(name, tmp_path):
+    """To the last bit: drawn from a seed, a student file in their network, their weights in ours."""
     torch.manual_seed(0)
-    theirs = torchvision.models.get_model(name, weights=None, num_classes=3).eval()
+    theirs = build(name, 3).eval()
     torch.manual_seed(0)
     ours, other, third = (models.Backbone(name, 3).eval() for _ in range(3))
     x, n = torch.randn(2, 3, 64, 64), len(theirs.state_dict())
-    assert torch.allclose(ours(x), theirs(x), rtol=1e-4)  # the seed draws the same
-    theirs.load_state_dict(student_file(other, name, FACTS)["state_dict"], strict=True)
+    assert torch.equal(ours(x), theirs(x))
+    torch.save(student_file(other, name, FACTS), tmp_path / "ours.pt")
+    theirs.load_state_dict(torch.load(tmp_path / "ours.pt", weights_only=True)["state_dict"], strict=True)
     torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
     content, words = load_pretrained(third, name, tmp_path / "theirs.pt")
     assert words == f"{n} of {n} tensors taken" and content.keys() == theirs.state_dict().keys()
-    assert all(torch.allclose(net(x), theirs(x), rtol=1e-4) for net in (other, third))
+    assert all(torch.equal(net(x), theirs(x)) for net in (other, third)) and not torch.equal(ours(x), theirs(x))
+
+
+def test_a_width_that_is_found_draws_no_other_student():
+    """The first cohort finds width and blocks by a run, which must not move the seed."""
+    name, found = "little_swin", architecture("little_swin")
+    assert found.width == 64
+    logits = []
+    for measured in (found.measured, None):
+        found.measured = measured
+        torch.manual_seed(0)
+        assert found.width == 64
+        logits.append(models.Cohort([name], 3).eval()(torch.ones(1, 3, 32, 32))[1])
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("name, blocks", list(zip(FAMILIES, [
+    [1, 2, 2], [1, 2, 1], [1, 2, 2], [1, 2, 2], [1, 1, 1], [3, 3, 3], [4, 4, 4], [4, 4, 4]], strict=True)))
+def test_branches_keep_the_fewest_blocks(name, blocks):
+    """Those that change the shape, and one of each class: downsampling or permutations, then a block."""
+    architecture(name).measured = None
+    cohort = models.Cohort([name], 5)
+    assert all(module.training for module in cohort.modules())
+    cohort.check(32)
+    kept = [[len(stage) for stage in branch.stages] for branch in cohort.students[0].branches]
+    assert kept == [blocks, blocks[1:], blocks[2:]]
+    cohort(torch.randn(2, 3, 32, 32))[1].square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in cohort.parameters())
 
 
 def test_multiply_adds_of_a_known_network():
@@ -190,6 +238,8 @@ def test_initialisation():
 
 @pytest.mark.parametrize(("names", "classes", "message"), [
     *((name, 10, "known: resnet8") for name in ("resnet33", "wrn_17_2", "wrn_4_1", "wrn_16_0", "")),
+    ("densenet121", 10, "not known here; declare them with ExistingNetwork in a --model-file"),
+    ("vit_b_16", 10, "'vit_b_16' has no stages: all its blocks see maps of one size$"),
     ("resnet8", 0, "num_classes is 0"), ([], 10, "got none"),
     (["resnet18", "resnet32"], 10, "same number of stages, got resnet18: 4, resnet32: 3")])
 def test_wrong_cohorts(names, classes, message):
@@ -247,6 +297,21 @@ def own(tmp_path, monkeypatch):
     return load
 
 
+def test_the_readmes_network_of_torchvision(own):
+    """Its width is found; to the last bit torchvision's, of fewer and narrower layers here."""
+    text = (Path(models.__file__).parent / "README.md").read_text()
+    block, = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "ExistingNetwork" in b)
+    small = dict(growth_rate=4, block_config=(1, 2, 1, 1), num_init_features=8)
+    own(block.replace("densenet121,", f"lambda num_classes: DenseNet(num_classes=num_classes, **{small}),")
+        .replace("import densenet121", "import DenseNet"))
+    torch.manual_seed(0)
+    theirs = build("densenet121", 3).eval()
+    torch.manual_seed(0)
+    ours, x = models.Backbone("densenet121", 3).eval(), torch.randn(2, 3, 64, 64)
+    assert torch.equal(ours(x), theirs(x)) and [m.shape[-1] for m in ours.maps(x)] == [16, 8, 4, 2]
+    models.Cohort(["densenet121", "little_swin"], 3).check(32)
+
+
 def test_students_of_ones_own(own):
     own(OWN)
     cohort = models.Cohort(["own", "net"], 5).train()
@@ -268,11 +333,16 @@ def test_students_of_ones_own(own):
     ("(6, 12)[s]", "6", "student 'own': stage 2 fails on a map .2, 12, 16, 16.: "),
     ("nn.Identity()", "nn.Flatten()", r"student 'own': tail gives \[2, 768\], should give a map"),
     ("TwoStages()", "TwoStages", "student 'own' is the class TwoStages: register an instance"),
+    ("| head", "| heat", "Net has no module 'heat', which its layout names$"),
+    ("features.3 | |", "| |", "the layout of Net leaves out features.3.weight$"),
+    ("nn.Linear(12, num", "nn.Linear(13, num", r"student 'net': classifier fails on features .2, 12.: "),
+    ("LAYOUT, width=12", "LAYOUT.replace('| | head', '| head |')", "Net do not run in a row on 64 pixels: "),
+    ("LAYOUT, width=12", "LAYOUT, width=12, pool='head'", "'net': pooling fails on a map "),
     ("def tail", "def tale", "student 'own' lacks tail; an architecture has stages, width, stem")])
 def test_a_wrong_student_of_ones_own_is_one_line(own, old, new, message):
     with pytest.raises(UserError, match=message) as error:
         own(OWN.replace(old, new))
-        models.Cohort(["own"], 5).check(32)
+        models.Cohort(["own", "net"], 5).check(32)
     assert "\n" not in str(error.value)
 
 

@@ -29,6 +29,10 @@ def test_recipes():
         epochs=100, batch_size=256, weight_decay=1e-4, schedule="multistep", milestones=[30, 60, 90],
         tau=0.07, weight_vcl=0.01, weight_icl=0.5, meta_freq=500, contrast="bank", batches="uniform",
         image_size=224, negatives=8192, bank_momentum=0.5, contrast_start=1, soft_ramp=10).items()
+    adamw = vars(parse("--dataset", "imagenet", "--arch", "swin_t", "--optimizer", "adamw"))
+    assert (adamw["lr"], adamw["weight_decay"], adamw["epochs"]) == (1e-3, 0.05, 100)
+    given = vars(parse("--optimizer", "adamw", "--lr", "0.01", "--weight-decay", "0"))
+    assert (given["lr"], given["weight_decay"], given["warmup"]) == (0.01, 0, 0)
 
 
     mcl = vars(parse("--dataset", "imagenet", "--arch", "resnet18", "--method", "mcl"))  # AAAI 2022
@@ -56,6 +60,7 @@ def test_default_out_dirs_name_what_differs():
     assert where("--tensorboard") == where() != where("--deterministic")
     bank = where("--contrast", "bank", "--epochs", "20")  # what follows from these two is not named
     assert bank == "out/cifar100-lmcl-resnet32x2-0-batches-uniform-contrast-bank-epochs-20"
+    assert where("--optimizer", "adamw") == where() + "-optimizer-adamw"
     assert where("--soft-ramp", "2") == where() + "-soft-ramp-2.0"
 
 
@@ -136,6 +141,7 @@ def test_negative_numbers_meet_the_rule_in_the_other_programs(parse, more, capsy
     (["--arch", "resnet18", "resnet32"], 2, "--arch: resnet18 has 4 stages, resnet32 has 3 stages"),
     (["--arch", "resnet8", "resnet20", "--num-nets", "3"], 2, "--num-nets: must be the number of names"),
     (["--weights", "a.pt"], 2, "--weights: must be 2 files"),
+    (["--warmup", "2"], 2, "--warmup: must be below --epochs, which is 2"),
     (["--model-file", "nowhere.py"], 2, "--model-file: "),
     (["--batch-size", "1000"], 1, "at most the 54 training images"),
     (["--data-dir", "nowhere"], 1, "--data-dir nowhere: no folder nowhere"),

@@ -1,5 +1,6 @@
 """predict.py: pictures, evaluation and export of student files, last.pt and best.pt."""
 
+import functools
 import importlib
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torchvision.models import SwinTransformer
 from torchvision.transforms.functional import pil_to_tensor
 
 import methods
@@ -21,6 +23,7 @@ import predict
 import train
 from conftest import flags, read_log
 from support import files
+from support.architectures import ARCHITECTURES, ExistingNetwork
 from support.console import UserError
 
 ROOT = Path(train.__file__).parent
@@ -241,6 +244,25 @@ def test_a_trained_student_teaches_and_stays_as_it_is(out, run, monkeypatch):
         assert torch.equal(state[f"teacher.{name}"], value)
     teacher.train()
     assert not any(module.training for module in teacher.modules())
+
+
+def test_export_of_a_transformer(use, monkeypatch):
+    """Its windows are shifted and rolled whatever the batch size."""
+    torch.manual_seed(0)
+    build = functools.partial(SwinTransformer, [4, 4], 8, [2, 1], [1, 2], [2, 2])
+    layout = ("features.0 permute | features.0.1 features.1 permute | features.0.1 features.2-3 permute | "
+              "features.0.1 norm permute | head")
+    monkeypatch.setitem(ARCHITECTURES, "two_stages", ExistingNetwork(build, layout, pool="avgpool"))
+    backbone = models.Backbone("two_stages", 3)
+    for p in backbone.parameters():
+        p.data.mul_(4 if p.dim() > 1 else 1)  # or all probabilities are alike
+    facts = dict(classes="abc", mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), image_size=16, resize=16)
+    torch.save(files.student_file(backbone, "two_stages", facts), "net.pt")
+    use("--student", "net.pt", "--export", "net.pt2")
+    network, own = torch.export.load("net.pt2").module(), predict.load_student("net.pt")
+    for count in (1, 5):
+        torch.testing.assert_close(network(batch(count)), expected(own, batch(count)))
+    assert network(batch(5)).std(0).min() > 0.01
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])

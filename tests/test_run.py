@@ -440,6 +440,18 @@ def test_the_rate_goes_to_sgd_and_to_whoever_reads_it(tmp_path):
     graphs.set_lr(0.02)
     assert graphs.lr is tensor is graphs.optimizers[0].param_groups[0]["lr"] and tensor == torch.tensor(0.02)
     assert graphs.logged_lr == 0.02
+    run.optimizers[1] = torch.optim.AdamW(run.model.parameters(), 0.3)
+    run.set_lr(0.03)
+    assert [o.param_groups[0]["lr"] for o in run.optimizers] == [0.03, 0.03]
+
+
+def test_adam_is_told_of_cuda_graphs_in_a_resumed_run_too(tmp_path):
+    capturable = lambda run: run.optimizers[1].param_groups[0]["capturable"]
+    run, graphs = make_run(tmp_path), make_run(tmp_path / "graphs", cuda_graph=True)
+    assert (capturable(run), capturable(graphs)) == (False, True)
+    run.save("last.pt")
+    graphs.load(files.load_checkpoint(tmp_path / "last.pt"))
+    assert capturable(graphs)
 
 
 def test_short_epochs_are_not_each_saved(run, monkeypatch):

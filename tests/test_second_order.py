@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from support.second_order import FastSecondDerivatives
 
@@ -90,3 +91,22 @@ def test_first_layer_and_calls_that_stay_pytorchs():
     exact, expected = product(), single(images[0])
     with FastSecondDerivatives():
         assert distance(product(), exact) < 1e-12 and torch.equal(single(images[0]), expected)
+
+
+def test_what_pytorch_cannot_differentiate_twice():
+    """Hard-sigmoid and normalized zeros have PyTorch's values and first derivatives, and second ones."""
+    x = torch.tensor([[-4.0, -3, -1, 2], [0, 0, 0, 0], [3, 0, 1, 5]], dtype=torch.float64, requires_grad=True)
+
+    def function(x):
+        x = F.hardsigmoid(x) * F.normalize(x[None, None], dim=-1)[0, 0]
+        return (x ** 2 + x).sum()
+
+    expected = function(x), *torch.autograd.grad(function(x), x)
+    with FastSecondDerivatives():
+        value = function(x)
+        first, = torch.autograd.grad(value, x, create_graph=True)
+        second, = torch.autograd.grad(first.sum(), x)
+        torch.testing.assert_close((value, first), expected, rtol=1e-7, atol=0)  # its 1 / 6 is a float32
+    moved, = torch.autograd.grad(function(x + 1e-6), x)
+    slope = (moved - expected[1]) / 1e-6
+    assert second.isfinite().all() and torch.allclose(second[2, 1:3], slope[2, 1:3], rtol=1e-4, atol=1e-6)

@@ -88,6 +88,30 @@ def test_multistep_drops_at_milestones(run):
     assert [line["lr"] for line in log[1:]] == pytest.approx([0.1, 0.01, 0.01, 0.001])
 
 
+def test_warmup_is_linear_by_the_step_and_the_schedule_follows(run, monkeypatch):
+    """The virtual steps have the rate of the ordinary one before them."""
+    rates, virtual, true_step, true_meta_step = [], [], train.train_step, meta.meta_step
+
+    def train_step(args, method, run, *batch):
+        rates.append(run.optimizers[0].param_groups[0]["lr"])
+        return true_step(args, method, run, *batch)
+
+    def meta_step(*inputs, **settings):
+        virtual.append((settings["lr"], settings["weight_decay"]))
+        true_meta_step(*inputs, **settings)
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    monkeypatch.setattr(meta, "meta_step", meta_step)
+    log = run("--warmup", 2, "--optimizer", "adamw", "--meta-freq", 4, epochs=4)
+    cosine = [0.001 / 2 * (1 + math.cos(math.pi * e / 2)) for e in range(2)]
+    assert rates == pytest.approx([0.001 * step / 6 for step in range(1, 7)] + [r for r in cosine for _ in range(3)])
+    assert [line["lr"] for line in log[1:]] == [rates[2], rates[5], rates[6], rates[9]]
+    assert virtual == [(rate, 0.05) for rate in rates[3::4]]
+    rates.clear()
+    run("--warmup", 2, "--method", "independent", "--schedule", "multistep", "--milestones", 2, out="drops", epochs=3)
+    assert rates == pytest.approx([0.1 * step / 6 for step in range(1, 7)] + [0.01] * 3)
+
+
 def test_the_log_holds_means_over_the_epoch(run, monkeypatch):
     values, true_terms = [], Independent.terms
 
@@ -401,7 +425,8 @@ STREAMED = ["--stream", "--workers", "0", "--augment", "crop", "--batches", "uni
     ([[2]], ["--meta-freq", "2"]),
     ([[1], [4]], ["--method", "mcl", "--contrast", "bank", "--negatives", "16"]),
     ([[1], [4, "--workers", 1]], STREAMED),
-], ids=["between epochs", "inside epochs", "after a second step", "bank", "streamed"])
+    ([[2], [5]], ["--optimizer", "adamw", "--warmup", "1", "--no-decay-1d", "--meta-freq", "3"]),
+], ids=["between epochs", "inside epochs", "after a second step", "bank", "streamed", "adamw"])
 def test_resumed_equals_uninterrupted(run, monkeypatch, stops, more):
     """And no step is made twice: one that began afresh would end equal, too."""
     step, made = train.train_step, []
