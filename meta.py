@@ -344,7 +344,7 @@ class DerivativeTrial:
             torch.manual_seed(0)
             *values, x = flat.views(theta)
             tensors = dict(zip(params, values, strict=True)) | {name: b.clone() for name, b in buffers.items()}
-            y = functional_call(copied, tensors, (x,))
+            y = functional_call(copied, tensors, (x.clone(),))
             weight = draw(y) if weight is None else weight
             return (y + weight).square().sum()  # not linear: what arrives in the backward pass moves, too
 
@@ -374,7 +374,7 @@ class DerivativeTrial:
                     p.copy_(value)
             torch.manual_seed(0)
             x = x.detach().requires_grad_()
-            inside = _grad((copied(x) + weight).square().sum(), [*params.values(), x])
+            inside = _grad((copied(x.clone()) + weight).square().sum(), [*params.values(), x])
             if (g - flat.concatenate(inside)).norm() > 1e-3 * g.norm():
                 raise UserError(f"{title} computes in the backward pass, as activation checkpointing does, where it does "
                                 "not see the meta step's parameters: leave that out, or --matching uniform")

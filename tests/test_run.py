@@ -449,7 +449,7 @@ def test_adam_is_told_of_cuda_graphs_in_a_resumed_run_too(tmp_path):
     capturable = lambda run: run.optimizers[1].param_groups[0]["capturable"]
     run, graphs = make_run(tmp_path), make_run(tmp_path / "graphs", cuda_graph=True)
     assert (capturable(run), capturable(graphs)) == (False, True)
-    run.save("last.pt")
+    run.save()
     graphs.load(files.load_checkpoint(tmp_path / "last.pt"))
     assert capturable(graphs)
 
