@@ -241,8 +241,8 @@ def test_bfloat16(run, more):
 def test_a_bank_teaches_once_it_is_filled(run, capsys):
     """With the schedule contrast leaves chance in its first epoch; with the published weights at once it does
     not, and the second epoch's line is followed by the warning."""
-    settings = ["--dataset", "synthetic", "--image-size", "8", "--batch-size", "64", "--method", "mcl", "--contrast",
-                "bank", "--negatives", "128", "--weight-vcl", "0.05", "--weight-icl", "0.05"]
+    settings = ["--dataset", "synthetic", "--image-size", "8", "--batch-size", "32", "--validation-fraction", "0.6",
+                "--method", "mcl", "--contrast", "bank", "--negatives", "128", "--weight-vcl", "0.05", "--weight-icl", "0.05"]
     taught = run(*settings, "--soft-ramp", "4", out="taught")
     printed = capsys.readouterr().out
     assert "vcl_gain" not in taught[1] and taught[2]["vcl_gain"] > 0.05
