@@ -274,7 +274,9 @@ def lmcl_sums(values, weights, valid):
 
 @torch.no_grad()
 def contrast_gains(values, excluded, always, valid, students):
-    """How far VCL and ICL are below chance, in nats an anchor, lambda left out: 0 where all embeddings are equal.
+    """How far VCL and ICL are below chance, in nats an anchor, lambda left out; constant, for the log alone.
+
+    Chance, 0, is where all embeddings are equal.
 
         vcl_gain = mean of  log M_i - nce(z_s, z_s)_i  over sets s and anchors i,
         icl_gain = mean of  log M_i - nce(z_s, z_t)_i  over pairs (s, t) of two students and anchors i
@@ -305,9 +307,7 @@ def mcl_loss(embeddings, labels, tau=0.1, T=3.0, gains=False):
     Raises ValueError for other shapes and dtypes, and on the CPU for other lengths. Source: arXiv 2104.12565.
     """
     _check("mcl_loss", embeddings=(embeddings, "N B D"), labels=(labels, "B"))
-    values, *found = _in_batch(embeddings, labels, tau, T)
-    terms = mcl_sums(values, found[-1])
-    return terms | contrast_gains(values, *found, len(embeddings)) if gains else terms
+    return _terms(mcl_sums, len(embeddings), gains, *_in_batch(embeddings, labels, tau, T))
 
 
 def mcl_bank_loss(embeddings, own, positive, negatives, same_class, tau=0.07, T=3.0, gains=False):
@@ -320,9 +320,8 @@ def mcl_bank_loss(embeddings, own, positive, negatives, same_class, tau=0.07, T=
     """
     _check("mcl_bank_loss", embeddings=(embeddings, "N B D"), own=(own, "N B D"), positive=(positive, "N B D"),
            negatives=(negatives, "N K D"), same_class=(same_class, "B K"))
-    values, *found = _against_bank(embeddings, own, positive, negatives, same_class, tau, T)
-    terms = mcl_sums(values, found[-1])
-    return terms | contrast_gains(values, *found, len(embeddings)) if gains else terms
+    pairs = _against_bank(embeddings, own, positive, negatives, same_class, tau, T)
+    return _terms(mcl_sums, len(embeddings), gains, *pairs)
 
 
 def lmcl_loss(embeddings, labels, weights=None, tau=0.1, T=3.0, gains=False):
@@ -341,9 +340,8 @@ def lmcl_loss(embeddings, labels, weights=None, tau=0.1, T=3.0, gains=False):
     """
     _check("lmcl_loss", embeddings=(embeddings, "N L B D"), labels=(labels, "B"), weights=(weights, "N L N L B"))
     weights = _ones(embeddings) if weights is None else weights
-    values, *found = _in_batch(embeddings.flatten(0, 1), labels, tau, T)
-    terms = lmcl_sums(values, weights, found[-1])
-    return terms | contrast_gains(values, *found, len(embeddings)) if gains else terms
+    sums = lambda values, valid: lmcl_sums(values, weights, valid)
+    return _terms(sums, len(embeddings), gains, *_in_batch(embeddings.flatten(0, 1), labels, tau, T))
 
 
 def lmcl_bank_loss(embeddings, own, positive, negatives, same_class, weights=None, tau=0.07, T=3.0, gains=False):
@@ -356,9 +354,16 @@ def lmcl_bank_loss(embeddings, own, positive, negatives, same_class, weights=Non
            negatives=(negatives, "N L K D"), same_class=(same_class, "B K"), weights=(weights, "N L N L B"))
     weights = _ones(embeddings) if weights is None else weights
     sets = (t.flatten(0, 1) for t in (embeddings, own, positive, negatives))  # [S, ., D]
-    values, *found = _against_bank(*sets, same_class, tau, T)
-    terms = lmcl_sums(values, weights, found[-1])
-    return terms | contrast_gains(values, *found, len(embeddings)) if gains else terms
+    sums = lambda values, valid: lmcl_sums(values, weights, valid)
+    return _terms(sums, len(embeddings), gains, *_against_bank(*sets, same_class, tau, T))
+
+
+def _terms(sums, students, gains, values, excluded, always, valid):
+    """sums(values, valid), and contrast_gains if they are wanted."""
+    terms = sums(values, valid)
+    if gains:
+        terms |= contrast_gains(values, excluded, always, valid, students)
+    return terms
 
 
 def _in_batch(z, labels, tau, T):

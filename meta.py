@@ -270,14 +270,14 @@ def meta_step(students, matching_network, optimizer, images, inner_loss, outer_l
     generators += [torch.cuda.default_generators[device.index] for device in devices]
     # a CUDA graph seeds no generator
     capturing = images.is_cuda and torch.cuda.is_current_stream_capturing()
-
     moved = buffers_in_training(students)
 
     def forward(theta):
         if not capturing:
             for generator in generators:
                 generator.manual_seed(0)
-        tensors = dict(zip(params, theta, strict=True)) | {name: b.clone() for name, b in moved.items()}
+        tensors = dict(zip(params, theta, strict=True))
+        tensors |= {name: b.clone() for name, b in moved.items()}
         return functional_call(students, tensors, (images,))
 
     def hypergradient_for(meta_params, matching):
@@ -308,107 +308,10 @@ def meta_step(students, matching_network, optimizer, images, inner_loss, outer_l
 
 
 def buffers_in_training(module):
-    """The buffers that a forward pass in training may move, by name, but for batch normalisation's."""
+    """The buffers that a forward pass in training may move, by name; not batch normalisation's."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     theirs = {id(b) for m in norms for b in m.buffers(recurse=False)}
     return {name: b for name, b in module.named_buffers() if id(b) not in theirs}
-
-
-class DerivativeTrial:
-    """Runs a part of a student, and tries on it what the meta step does. Raises UserError where that fails.
-
-    trial(title, module, x), x what goes into the part, for models.Cohort.check. On a
-    copy in training mode, in float64 where the part can: two backward passes must go, and the
-    gradient at parameters that the part is called with, as in a virtual step, must be the one at
-    the same parameters put into it. This finds layers without a second derivative, and code that
-    runs in the backward pass and sees other parameters there (activation checkpointing).
-
-    forward_mode: whether forward mode gave the directional derivative in all parts.
-    """
-
-    def __init__(self):
-        self.forward_mode = True
-
-    def __call__(self, title, module, x):
-        copied = copy.deepcopy(module).train()
-        dtype = torch.float64 if runs_in_double(copied, x) else x.dtype
-        copied.to(dtype)
-        params = {name: p for name, p in copied.named_parameters() if p.requires_grad}
-        generator = torch.Generator().manual_seed(0)
-        draw = lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, dtype)
-        buffers, inputs, weight = buffers_in_training(copied), [*params.values(), draw(x)], None
-        flat = FlatVector(inputs)
-
-        def loss(theta):
-            nonlocal weight
-            torch.manual_seed(0)
-            *values, x = flat.views(theta)
-            tensors = dict(zip(params, values, strict=True)) | {name: b.clone() for name, b in buffers.items()}
-            y = functional_call(copied, tensors, (x.clone(),))
-            weight = draw(y) if weight is None else weight
-            return (y + weight).square().sum()  # not linear: what arrives in the backward pass moves, too
-
-        theta = flat.concatenate(inputs)
-        u = draw(theta)
-        fork = torch.random.fork_rng([x.device] if x.is_cuda else [])
-        with fork, batch_statistics(copied), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            try:
-                theta.requires_grad_()
-                with FastSecondDerivatives():
-                    g, = _grad(loss(theta), [theta], create_graph=True)
-                if any(node.name().endswith("Error") for node in nodes(g)):  # once_differentiable's, never reached
-                    raise NotImplementedError("a layer is marked with once_differentiable")
-                second, = _grad(g @ u, [theta])
-                if not second.isfinite().all():
-                    raise ValueError("a second derivative is NaN or infinite")
-            except Exception as error:  # a user's layer raises what it likes
-                raise UserError(f"{title} cannot be differentiated twice, as the meta step wants "
-                                f"({first_line(error)}): use other layers, or --matching uniform") from error
-            theta, g = theta.detach(), g.detach()
-            self.forward_mode = self.forward_mode and has_tangent(loss, theta, u, g @ u)
-            moved = theta + 0.1 * u * theta.abs().mean()
-            g, = _gradients(loss, moved)
-            *values, x = flat.views(moved)
-            with torch.no_grad():
-                for p, value in zip(params.values(), values, strict=True):
-                    p.copy_(value)
-            torch.manual_seed(0)
-            x = x.detach().requires_grad_()
-            inside = _grad((copied(x.clone()) + weight).square().sum(), [*params.values(), x])
-            if (g - flat.concatenate(inside)).norm() > 1e-3 * g.norm():
-                raise UserError(f"{title} computes in the backward pass, as activation checkpointing does, where it does "
-                                "not see the meta step's parameters: leave that out, or --matching uniform")
-
-
-def nodes(tensor):
-    """The nodes of a tensor's graph."""
-    found, waiting = set(), [tensor.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting += [before for before, _ in node.next_functions]
-    return found
-
-
-def runs_in_double(module, x):
-    try:
-        with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
-            copy.deepcopy(module).double()(x.double())
-    except Exception:  # a user's layer may make float32 tensors of its own
-        return False
-    return True
-
-
-def has_tangent(loss, theta, u, exact):
-    """Whether forward mode gives the derivative of the loss along u."""
-    try:
-        with forward_ad.dual_level(), warnings.catch_warnings(), FastSecondDerivatives():
-            warnings.simplefilter("ignore")
-            tangent = forward_ad.unpack_dual(loss(forward_ad.make_dual(theta, u))).tangent
-    except Exception:  # a layer lacks it
-        return False
-    return tangent is not None and bool((tangent - exact).abs() <= 1e-3 * (1 + exact.abs()))
 
 
 @contextmanager
@@ -437,3 +340,127 @@ def no_tf32():
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+# ---------------------------------------------------------------- the trial before the first step
+
+class DerivativeTrial:
+    """Tries on a part of a student what the meta step does. Raises UserError where that fails.
+
+    trial(title, module, x), x what goes into the part; models.Cohort.check calls it. On a copy in
+    training mode, in float64 where the part can: two backward passes must go, and the gradient at
+    parameters that the part is called with, as in a virtual step, must be the one at the same
+    parameters put into it. So it finds layers without a second derivative, and code that runs in
+    the backward pass and sees other parameters there (activation checkpointing).
+
+    forward_mode: whether forward mode gave the directional derivative in all parts.
+    """
+
+    def __init__(self):
+        self.forward_mode = True
+
+    def __call__(self, title, module, x):
+        fork = torch.random.fork_rng([x.device] if x.is_cuda else [])
+        with fork, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            part = CalledPart(module, x)
+            with batch_statistics(part.module):
+                if trouble := part.second_derivative_fails():
+                    raise UserError(f"{title} cannot be differentiated twice, as the meta step "
+                                    f"wants ({trouble}): use other layers, or --matching uniform")
+                self.forward_mode = self.forward_mode and part.has_tangent()
+                if part.computes_elsewhere():
+                    raise UserError(f"{title} computes in the backward pass, as activation "
+                                    "checkpointing does, where it does not see the meta step's "
+                                    "parameters: leave that out, or --matching uniform")
+
+
+class CalledPart:
+    """A copy of a module on random inputs, its loss as a function of one vector: parameters and inputs."""
+
+    def __init__(self, module, x):
+        self.module = copy.deepcopy(module).train()
+        dtype = torch.float64 if runs_in_double(self.module, x) else x.dtype
+        self.module.to(dtype)
+        self.params = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self.buffers = buffers_in_training(self.module)
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(
+            t.device, dtype)
+        inputs = [*self.params.values(), draw(x)]
+        self.flat = FlatVector(inputs)
+        self.theta = self.flat.concatenate(inputs)
+        self.u = draw(self.theta)  # a direction
+        with torch.no_grad():
+            self.target = draw(self.call(self.theta))
+
+    def call(self, theta):
+        *values, x = self.flat.views(theta)
+        tensors = dict(zip(self.params, values, strict=True))
+        tensors |= {name: b.clone() for name, b in self.buffers.items()}
+        torch.manual_seed(0)
+        return functional_call(self.module, tensors, (x.clone(),))  # it may work in place
+
+    def loss(self, theta):
+        """Not linear in the output, so that what arrives there in the backward pass moves, too."""
+        return (self.call(theta) + self.target).square().sum()
+
+    def second_derivative_fails(self):
+        """Why, in words, or nothing."""
+        theta = self.theta.clone().requires_grad_()
+        try:
+            with FastSecondDerivatives():
+                g, = _grad(self.loss(theta), [theta], create_graph=True)
+            second, = _grad(g @ self.u, [theta])
+        except Exception as error:  # a user's layer raises what it likes
+            return first_line(error)
+        # once_differentiable's node raises when it is reached, but nothing leads on from it
+        if any(node.name().endswith("Error") for node in nodes(g)):
+            return "a layer is marked with once_differentiable"
+        return None if second.isfinite().all() else "it is NaN or infinite"
+
+    def has_tangent(self):
+        """Whether forward mode gives the derivative of the loss along u."""
+        try:
+            with forward_ad.dual_level(), warnings.catch_warnings(), FastSecondDerivatives():
+                warnings.simplefilter("ignore")
+                dual = self.loss(forward_ad.make_dual(self.theta, self.u))
+                tangent = forward_ad.unpack_dual(dual).tangent
+        except Exception:  # a layer lacks it
+            return False
+        g, = _gradients(self.loss, self.theta)
+        exact = g @ self.u
+        return tangent is not None and bool((tangent - exact).abs() <= 1e-3 * (1 + exact.abs()))
+
+    def computes_elsewhere(self):
+        """Whether the gradient at other parameters is another one once these are in the module."""
+        moved = self.theta + 0.1 * self.theta.abs().mean() * self.u
+        called, = _gradients(self.loss, moved)
+        *values, x = self.flat.views(moved)
+        with torch.no_grad():
+            for p, value in zip(self.params.values(), values, strict=True):
+                p.copy_(value)
+        x = x.detach().requires_grad_()
+        torch.manual_seed(0)
+        loss = (self.module(x.clone()) + self.target).square().sum()
+        inside = self.flat.concatenate(_grad(loss, [*self.params.values(), x]))
+        return bool((called - inside).norm() > 1e-3 * called.norm())
+
+
+def nodes(tensor):
+    """The nodes of a tensor's graph."""
+    found, waiting = set(), [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return found
+
+
+def runs_in_double(module, x):
+    try:
+        with torch.no_grad():
+            copy.deepcopy(module).double()(x.double())
+    except Exception:  # a user's layer may make float32 tensors of its own
+        return False
+    return True

@@ -192,10 +192,10 @@ class MCL(Method):
                 train_labels, len(args.arch), self.cohort.stages, negatives=args.negatives,
                 momentum=args.bank_momentum, seed=args.seed)
         self.phase = "contrast"  # or "before it"
-        self.soft_share = 1  # of gamma and lam
-        if args.soft_ramp:
-            del self.soft_share
+        if args.soft_ramp:  # the share of gamma and lam
             self.register_buffer("soft_share", torch.ones(()), persistent=False)
+        else:
+            self.soft_share = 1
 
     def start_epoch(self, epoch):
         """Contrast begins in epoch --contrast-start, its soft losses grow over --soft-ramp epochs.

@@ -22,8 +22,7 @@ class NotCaptured(Exception):
 class CUDAGraphs:
     """A function of tensors, or of tuples and lists of them, captured for each batch size and each phase().
 
-    The first three calls of each run eagerly: libraries choose algorithms, optimizers
-    make their buffers. The fourth is captured; it and all later ones replay the same kernels on the
+    For each of these three calls run eagerly: libraries choose algorithms, optimizers make buffers. The fourth is captured; it and all later ones replay the same kernels on the
     same memory. So what changes from call to call is an input, or a tensor changed in place, as
     Run.lr is. Memory made outside must not be freed while graphs use it. Outputs are good until the
     next call, of whatever size: graphs share their memory, and each writes before it reads. A

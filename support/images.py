@@ -60,7 +60,7 @@ def opened(path, use):
             return use(image)
     except MemoryError:
         raise
-    except Exception:
+    except Exception:  # each of Pillow's formats raises what it likes
         with contextlib.suppress(Exception):  # the first error tells more
             bare = without_metadata(Path(path).read_bytes())
             with Image.open(io.BytesIO(bare)) as image:

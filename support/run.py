@@ -457,7 +457,7 @@ def fill_gradients(optimizer):
     return [p.grad for p in trained]
 
 
-def own_code(model_file, method=None):
+def own_code(model_file, method):
     """SHA-256, 16 digits, of the files that hold a user's own method and --model-file; None without any."""
     modules = {c.__module__: sys.modules.get(c.__module__) for c in type(method).__mro__}
     texts = []

@@ -19,10 +19,10 @@ import models
 import options
 import predict
 import train
-from conftest import assert_same, draw_images, flags, fork, wait
+from conftest import assert_same, draw_images, flags
 from methods import METHODS
 from support.processes import Processes, pick_device
-from support.run import Run, fingerprint
+from support.run import Run
 from support.second_order import FastSecondDerivatives
 from test_second_order import LAYERS
 
@@ -211,26 +211,6 @@ def test_no_step_waits(more, images):
     finally:
         if IS_GPU:
             torch.cuda.set_sync_debug_mode("default")
-
-
-def by_two(rank, images):
-    """Two processes with gloo, both on the first GPU."""
-    processes = Processes()
-    processes.local_rank = 0
-    processes.start(torch.device("cpu"))  # gloo
-    s = Setting(images)
-    s.run.processes = processes
-    processes.broadcast(s.method)
-    s.go(2)
-    same = processes.all_equal(fingerprint(s.method))
-    processes.stop()
-    assert same
-
-
-def test_two_processes_on_one_gpu(images, tmp_path):
-    if IS_GPU:
-        pytest.skip("a fork cannot use CUDA again: tests/test_processes.py has gloo, a machine with two GPUs has nccl")
-    assert wait(fork(2, lambda rank: by_two(rank, images), tmp_path)) == [0, 0]
 
 
 # ---------------------------------------------------------------- data

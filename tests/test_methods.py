@@ -18,7 +18,7 @@ import meta
 import options
 import train
 from conftest import bits
-from methods import METHODS, Method, SecondStep, check_terms
+from methods import METHODS, Method, SecondStep, as_logged, check_terms
 from support.console import UserError
 from support.processes import Processes
 from support.run import Run
@@ -255,6 +255,11 @@ def test_contrast_begins_late_and_its_soft_losses_grow(name):
         assert method.second is None
     words = method.schedule()
     assert words == "contrast from epoch 3 on, its soft losses grow to full weight in 4 epochs"
+    method.start_epoch(2)
+    logged = as_logged(torch.zeros(()), method.terms(outputs, y, rows))
+    assert torch.equal(logged["soft_vcl"], 0.25 * WEIGHTS["soft_vcl"] * logged["unweighted_soft_vcl"])
+    method.args.epochs = 2
+    assert method.schedule().endswith(", never in this run: lower --contrast-start")
 
 
 def test_published_contrast_is_at_full_weight_at_once():

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 import data
 import options
 import train
-from conftest import assert_same, bits, read_log, results
+from conftest import Small, assert_same, bits, read_log, results
 from support import files
 from support.arguments import WHERE
 from support.console import ImageError, Interrupted, Signals, UserError, one_line_errors, shorten, show_line
@@ -658,6 +658,19 @@ def test_captured_steps_equal_plain_ones(flags, device, images, tmp_path, monkey
         for inputs, graph, _ in function.graphs.values():
             assert graph.replays >= 2
             assert graph.foreign <= kept | storages(inputs) | own
+
+
+def test_dropout_keeps_the_meta_step_eager(tmp_path, monkeypatch, capsys):
+    """Its masks are drawn again in each pass, which a graph cannot; the ordinary step is captured."""
+    play_graphs_on_the_cpu(monkeypatch)
+    monkeypatch.setattr(Small, "tail", lambda self: torch.nn.Dropout2d(0.5))
+    for name, eager in (("lmcl", True), ("afd", False)):
+        args = options.parse("", ["--arch", "small", "--image-size", "16", "--cuda-graph", "--method", name])
+        args.device = torch.device("cpu")
+        method = train.build(args, SimpleNamespace(classes=range(6), train_labels=None, notes=[]))
+        steps = train.make_steps(args, None, method, make_run(tmp_path / name))
+        assert isinstance(steps[0], CUDAGraphs) and isinstance(steps[1], CUDAGraphs) != eager
+        assert ("dropout masks again in the meta step: it stays as it is" in capsys.readouterr().out) == eager
 
 
 def test_errors_of_a_capture(monkeypatch, capsys):

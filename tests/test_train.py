@@ -241,7 +241,7 @@ def test_bfloat16(run, more):
 def test_a_bank_teaches_once_it_is_filled(run, capsys):
     """With the schedule contrast leaves chance in its first epoch; with the published weights at once it does
     not, and the second epoch's line is followed by the warning."""
-    settings = ["--dataset", "synthetic", "--image-size", "8", "--batch-size", "32", "--validation-fraction", "0.6",
+    settings = ["--dataset", "synthetic", "--image-size", "8", "--batch-size", "32", "--validation-fraction", "0.7",
                 "--method", "mcl", "--contrast", "bank", "--negatives", "128", "--weight-vcl", "0.05", "--weight-icl", "0.05"]
     taught = run(*settings, "--soft-ramp", "4", out="taught")
     printed = capsys.readouterr().out
@@ -385,6 +385,15 @@ def test_a_student_that_the_meta_step_cannot_differentiate_is_refused_at_the_sta
     assert not made
     run("--meta-freq", 2, out="small", epochs=1)
     assert made == [1]
+
+
+def test_images_that_are_too_small_for_a_student_are_warned_of(run, capsys):
+    run("--arch", "small", "small_12", "--image-size", 8, "--method", "independent", "--max-steps", 1)
+    printed = capsys.readouterr().out
+    for name in ("small", "small_12"):
+        assert f"warning    {name}: of 8x8 pixels its stem leaves 8x8 and its last stage 2x2; a larger" in printed
+    run("--arch", "small", "--method", "independent", "--max-steps", 1, out="large")
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_too_few_steps_for_a_meta_step_are_warned_of(run, capsys):
@@ -735,6 +744,18 @@ def test_gradients_of_a_checkpoint(tool, run, capsys):
     with pytest.raises(SystemExit):
         program(["mcl/last.pt"])
     assert "no checkpoint of lmcl" in capsys.readouterr().err
+    program(["out/last.pt", "--batches", "1", "--meta"])
+    *_, printed = capsys.readouterr().out.splitlines()
+    found = []
+    for kind in ("held", "moving"):
+        args.virtual_lambda, method = kind, train.build(args, dataset).train()
+        method.load_state_dict(state["model"])
+        optimizer = torch.optim.SGD(method.matching_network.parameters(), lr=0.0)
+        method.meta_step(optimizer, state["logged_lr"], None, images, labels, None, None)
+        found.append(torch.cat([p.grad.flatten() for p in method.matching_network.parameters()]))
+    held, moving = found
+    assert printed == (f"gradient of phi: norm {held.norm():.3g} with lambda held, {moving.norm():.3g} with lambda "
+                       f"moving; cosine {F.cosine_similarity(held, moving, 0):.3g}")
     program(["out/last.pt"])  # ten batches, of which there are three
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| ce, own heads |"))
     assert row.endswith("| 1.00 | 1.00 |")

@@ -111,7 +111,8 @@ def measure_meta(args, dataset, method, batches, lr):
     plan = dataset.train_batches(args.batch_size, args.seed, 0, pairs=args.batches == "pairs")
     for images, labels, index in itertools.islice(plan, batches):
         rows = method.bank.sample(index, 0, 0) if method.bank else None
-        for args.virtual_lambda in ("held", "moving"):
+        for kind in ("held", "moving"):
+            args.virtual_lambda = kind
             method.meta_step(still, lr, None, images, labels, rows, None)
             found.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
     held, moving = torch.stack(found[0::2]), torch.stack(found[1::2])  # [batches, parameters]
