@@ -593,6 +593,10 @@ class Layer(nn.Module):
             if self.training:
                 self.average.mul_(0.9).add_(y.detach().mean((0, 2, 3)))
             return y - self.average[:, None, None]
+        if self.kind == "nan":
+            return y + F.normalize(0 * y.flatten(2), dim=1).view_as(y)
+        if self.kind == "float32":
+            return torch.einsum("bchw,cd->bdhw", y, torch.eye(4))
         return {"no jvp": Scale, "raises": Once}[self.kind].apply(y) if self.kind in ("no jvp", "raises") else y
 
 
@@ -630,7 +634,8 @@ def test_layers_that_the_meta_step_takes_as_they_are(kind):
 
 
 @pytest.mark.parametrize(("kind", "words"), [
-    ("checkpoint", "computes in the backward pass"), ("raises", "cannot be differentiated twice")])
+    ("checkpoint", "computes in the backward pass"), ("raises", "cannot be differentiated twice"),
+    ("nan", "cannot be differentiated twice, as the meta step wants .it is NaN or infinite")])
 def test_layers_that_are_refused_at_the_start(kind, words):
     part, state = nn.Sequential(Layer(kind), nn.BatchNorm2d(4), nn.ReLU()), torch.get_rng_state()
     before = bits(part.state_dict())
@@ -638,3 +643,21 @@ def test_layers_that_are_refused_at_the_start(kind, words):
         meta.DerivativeTrial()("student 'mine': stage 2", part.eval(), torch.zeros(2, 4, 5, 5))
     assert str(error.value).startswith("student 'mine': stage 2") and "--matching uniform" in str(error.value)
     assert bits(part.state_dict()) == before and torch.equal(torch.get_rng_state(), state) and not part.training
+
+
+def test_a_layer_of_float32_alone_is_tried_in_float32():
+    trial = meta.DerivativeTrial()
+    trial("student 'mine': stage 2", nn.Sequential(Layer("float32"), nn.BatchNorm2d(4)), torch.zeros(2, 4, 5, 5))
+    assert trial.forward_mode
+    with pytest.raises(UserError, match="cannot be differentiated twice"):
+        trial("student 'mine': stage 2", nn.Sequential(Layer("float32"), Layer("raises")), torch.zeros(2, 4, 5, 5))
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_a_frozen_part_of_the_matching_network_stays(moving):
+    students, matching, images, contrast, task = meta_setting()
+    frozen = matching.projections[0][1].weight.requires_grad_(False)
+    before = [p.clone() for p in matching.parameters()]
+    meta.meta_step(students, matching, sgd(matching), images, contrast, task, inner_steps=1, moving=moving, **HYPER)
+    stays = [torch.equal(p, q) for p, q in zip(matching.parameters(), before, strict=True)]
+    assert stays == [p is frozen for p in matching.parameters()]

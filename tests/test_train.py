@@ -268,10 +268,12 @@ def test_deterministic_is_switched_on_before_anything_is_computed(run, monkeypat
 
     monkeypatch.setattr(train, "build", look(true_build))
     monkeypatch.setattr(train, "train_step", look(true_step))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     plain = run(out="plain", epochs=1)
-    assert seen == [(False, None)] * 4
+    assert seen == [(False, None)] * 4 and torch.backends.cudnn.benchmark is True
     try:
         log = run("--deterministic", epochs=1)
+        assert torch.backends.cudnn.benchmark is False
         assert seen[4:] == [(True, ":4096:8")] * 4 and not torch.utils.deterministic.fill_uninitialized_memory
         assert log[0]["args"]["deterministic"] and log[1]["loss"] == plain[1]["loss"]
     finally:
