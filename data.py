@@ -33,7 +33,7 @@ from torchvision import datasets
 
 from support import seeds
 from support.console import UserError, shorten
-from support.images import ENDINGS, CentreView, ImageBatches, RandomView, decode, read_in_order
+from support.images import ENDINGS, BatchOfImages, CentreView, RandomView, Reader, decode
 from support.synthetic import synthetic
 
 try:
@@ -141,31 +141,35 @@ class Streamed(Dataset):
     validation_files: np.ndarray  # bytes [n_validation]
     test_files: np.ndarray  # bytes [n_test]
     workers: int
+    readers: dict = field(init=False, default_factory=dict)  # of the splits read so far
 
     def train_batches(self, batch_size, seed, epoch, start=0, *, pairs=True, share=(0, 1)):
         """As InMemory's: images [b, 3, H, W], labels [b], index [b]. Raises ImageError."""
         plan = epoch_plan(self.train_labels.cpu(), batch_size, 0, seed, epoch, pairs)
         indices = [cut(batch, share, pairs).index for batch in plan[start:]]
-        view = CentreView(self.resize, self.image_size)
-        if self.augmentation != "none":
-            view = RandomView(f"{seed},{epoch}", self.image_size, self.augmentation == "crop-flip")
-        for images, index in zip(self._read(self.train_files, indices, view), indices, strict=True):
+        images_of_batches = self._read("train", indices, f"{seed},{epoch}")
+        for images, index in zip(images_of_batches, indices, strict=True):
             index = index.to(images.device, non_blocking=True)
             yield images, self.train_labels[index], index
 
     def test_batches(self, split="test", share=(0, 1)):
         """As InMemory's, of the centre, the shorter side at `resize`. Raises ImageError."""
         rank, size = share
-        files, labels = getattr(self, f"{split}_files"), getattr(self, f"{split}_labels")
-        indices = torch.arange(len(files))[rank::size].split(100)
-        view = CentreView(self.resize, self.image_size)
-        yield from zip(self._read(files, indices, view), labels[rank::size].split(100), strict=True)
+        labels = getattr(self, f"{split}_labels")
+        indices = torch.arange(len(labels))[rank::size].split(100)
+        yield from zip(self._read(split, indices), labels[rank::size].split(100), strict=True)
 
-    def _read(self, files, indices, view):
+    def _read(self, split, indices, key=None):
         """The images of each batch, float32 [b, 3, H, W] normalised on the device."""
-        device, numbers = self.train_labels.device, [index.numpy() for index in indices]
-        batches = ImageBatches(self.data_dir, files, view, self.image_size, numbers)
-        for images in read_in_order(batches, self.workers, pin_memory=device.type == "cuda"):
+        device = self.train_labels.device
+        if split not in self.readers:
+            view = CentreView(self.resize, self.image_size)
+            if split == "train" and self.augmentation != "none":
+                view = RandomView(self.image_size, self.augmentation == "crop-flip")
+            files = getattr(self, f"{split}_files")
+            read = BatchOfImages(self.data_dir, files, view, self.image_size)
+            self.readers[split] = Reader(read, self.workers, pin_memory=device.type == "cuda")
+        for images in self.readers[split]([(index.numpy(), key) for index in indices]):
             yield normalise(images.to(device, non_blocking=True), *self.mean_std)
 
 

@@ -36,9 +36,9 @@ import data
 import models
 from support import arguments, files, seeds
 from support.architectures import architecture, load_model_file
-from support.coco import Plan, load_splits
+from support.coco import load_splits
 from support.console import Signals, UserError, one_line_errors, say, shorten
-from support.images import pictures, read_in_order
+from support.images import pictures
 from support.processes import Processes, be_deterministic, device_name, pick_device
 from support.run import OutDir, Run, fill_gradients
 
@@ -103,7 +103,7 @@ def learning_rate(args, epoch, step):
 
 def train_batches(args, pictures, run):
     """This process's share of what is left of the epoch: each a tuple of (image, target)."""
-    items = read_in_order(Plan(pictures, train_order(args, pictures, run)), args.workers)
+    items = pictures.read(train_order(args, pictures, run), args.workers)
     each = args.batch_size // run.processes.size
     return zip(*[items] * each, strict=True)
 
@@ -248,7 +248,7 @@ def evaluate(args, pictures, model, processes):
     """AP on all pictures, which the processes share; process 0 computes it for all."""
     rank, size = processes.share
     ids, categories, results = pictures.ids[rank::size], sorted(pictures.index.cats), []
-    items = read_in_order(Plan(pictures, [(number, False) for number in ids]), args.workers)
+    items = pictures.read([(number, False) for number in ids], args.workers)
     for number, (image, _) in zip(ids, items, strict=True):
         results += as_results(detect(model, image, args.device), number, categories)
     results = [result for some in processes.gather_objects(results) for result in some]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from support.console import UserError, shorten
-from support.images import ENDINGS, naming, opened, raw_mode, read_image
+from support.images import ENDINGS, Reader, naming, opened, raw_mode, read_image
 
 try:
     from pycocotools import coco
@@ -32,6 +32,12 @@ class Pictures:
     index: object
     ids: list
     classes: list
+    reader: Reader = None
+
+    def read(self, requests, workers):
+        """`load` of each (id, flip), in order, by `workers` processes. Raises ImageError."""
+        self.reader = self.reader or Reader(self.load, workers)
+        yield from self.reader(requests)
 
     def load(self, number, flip=False):
         """The image with this id, uint8 [3, H, W], and its target.
@@ -69,19 +75,6 @@ class Pictures:
 def check_size(size, entry):
     if size != (entry["width"], entry["height"]):
         raise ValueError("it is {}x{}, its annotation says {width}x{height}".format(*size, **entry))
-
-
-class Plan(torch.utils.data.Dataset):
-    """A split's images in a given order, items (image, target). order: (id, flip) of each."""
-
-    def __init__(self, pictures, order):
-        self.pictures, self.order = pictures, order
-
-    def __len__(self):
-        return len(self.order)
-
-    def __getitem__(self, i):
-        return self.pictures.load(*self.order[i])
 
 
 def load_splits(name, folder, known=None, splits=("train", "val")):

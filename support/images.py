@@ -7,6 +7,7 @@ import signal
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_start_method
 from pathlib import Path
 
 import numpy as np
@@ -210,16 +211,15 @@ def pictures(paths):
 
 
 class RandomView:
-    """RandomResizedCrop and flip of uint8 [3, h, w], a function of (key, number) alone."""
+    """RandomResizedCrop and flip of uint8 [3, h, w], a function of the key alone."""
 
-    def __init__(self, key, size, flip):
-        self.key = key
+    def __init__(self, size, flip):
         steps = [v2.RandomResizedCrop(size, antialias=True)]
         self.transform = v2.Compose(steps + [v2.RandomHorizontalFlip()] * flip)
 
-    def __call__(self, image, number):
+    def __call__(self, image, key):
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seeds.seed(f"{self.key},{number}"))
+            torch.default_generator.manual_seed(seeds.seed(key))
             return self.transform(image)
 
 
@@ -232,7 +232,7 @@ class CentreView:
     def __init__(self, resize, size):
         self.transform = v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(size)])
 
-    def __call__(self, image, number=None):
+    def __call__(self, image, key=None):
         short, long = sorted(image.shape[-2:])
         if long > 16 * short:
             long = 16 * short + long % 2  # as even as it was: the middle stays
@@ -240,50 +240,72 @@ class CentreView:
         return self.transform(image)
 
 
-class ImageBatches(Dataset):
-    """Item i is the batch of images with the numbers batches[i], uint8 [b, size, size, 3].
+class BatchOfImages:
+    """Called with numbers [b] and a key: these images, uint8 [b, size, size, 3].
 
-    files: bytes [n], paths below data_dir. view: uint8 [3, h, w], number -> uint8 [3, size, size].
+    files: bytes [n], paths below data_dir. view: uint8 [3, h, w], key -> uint8 [3, size, size];
+    each image's key is "KEY,NUMBER".
     """
 
-    def __init__(self, data_dir, files, view, size, batches):
-        self.data_dir, self.files, self.view = data_dir, files, view
-        self.size, self.batches = size, batches
+    def __init__(self, data_dir, files, view, size):
+        self.data_dir, self.files, self.view, self.size = data_dir, files, view, size
 
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, i):
-        batch = self.batches[i]
-        images = torch.empty(len(batch), self.size, self.size, 3, dtype=torch.uint8)
-        for place, number in enumerate(batch):
+    def __call__(self, numbers, key):
+        images = torch.empty(len(numbers), self.size, self.size, 3, dtype=torch.uint8)
+        for place, number in enumerate(numbers):
             path = os.path.join(self.data_dir, os.fsdecode(self.files[number]))
             with naming(path):
-                images[place] = self.view(read_image(path), number).permute(1, 2, 0)
+                image = self.view(read_image(path), f"{key},{number}")
+                images[place] = image.permute(1, 2, 0)
         return images
 
 
-class ErrorsAsItems(Dataset):
-    """The same items; an ImageError is one too. DataLoader would wrap a traceback around it."""
+class Calls(Dataset):
+    """Item r is read(*r), or the ImageError: DataLoader would wrap a traceback around it."""
 
-    def __init__(self, items):
-        self.items = items
+    def __init__(self, read):
+        self.read = read
 
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
+    def __getitem__(self, request):
         try:
-            return self.items[i]
+            return self.read(*request)
         except ImageError as error:
             return error
 
 
-def read_in_order(items, workers, pin_memory=False):
-    """A torch Dataset's items in order, by `workers` processes (0: this one). Raises ImageError."""
-    generator = torch.Generator()  # its own: the program's draws do not depend on `workers`
-    loader = DataLoader(ErrorsAsItems(items), batch_size=None, num_workers=workers,
-                        pin_memory=pin_memory, worker_init_fn=leave_group, generator=generator)
+class Reader:
+    """Called with a list of requests r: read(*r) for each, in order. Raises ImageError.
+
+    workers: the processes that do it (0: this one). Where a process starts by fork, in
+    milliseconds, they end with the list. Where its start takes seconds they stay for the next
+    list; read has no state, so nothing in them gets old.
+    """
+
+    def __init__(self, read, workers, pin_memory=False):
+        self.read, self.workers, self.pin_memory = read, workers, pin_memory
+        self.kept = None  # a DataLoader with its processes
+
+    def __getstate__(self):
+        return self.__dict__ | dict(kept=None)  # a process that it starts gets none
+
+    def __call__(self, requests):
+        loader, self.kept = self.kept or self.loader(), None
+        loader.sampler[:] = requests
+        for place, item in enumerate(read_in_order(loader), 1):
+            if place == len(requests) and loader.persistent_workers:
+                self.kept = loader
+            yield item
+
+    def loader(self):
+        stay = self.workers > 0 and get_start_method() != "fork"
+        # a generator of its own: the program's draws do not depend on `workers`
+        return DataLoader(Calls(self.read), sampler=[], batch_size=None, num_workers=self.workers,
+                          pin_memory=self.pin_memory, worker_init_fn=leave_group,
+                          generator=torch.Generator(), persistent_workers=stay)
+
+
+def read_in_order(loader):
+    """A DataLoader's items, an ImageError among them raised."""
     child = getattr(signal, "SIGCHLD", None)  # Windows has none, nor process groups
     handler = child and signal.getsignal(child)
     try:
@@ -296,7 +318,7 @@ def read_in_order(items, workers, pin_memory=False):
                 raise item
             yield item
     except Exception as error:
-        if workers:
+        if loader.num_workers:
             error.with_traceback(None)  # its frames, DataLoader's, would keep the workers
         if "DataLoader worker (pid" not in str(error):
             raise error  # a bare raise brings them back on Python 3.10

@@ -187,13 +187,15 @@ class BatchNormGradient(torch.autograd.Function):
         wr, hr = w * r, hw * r
         T.addcmul_(x, hr.view(each)).add_(torch.addcmul(hb, hr, mean, value=-1).view(each))
 
-        p_, s_, gw_, gb_ = torch.stack([p, s, gw, gb]) / M
-        S = q - s * gb_ - p * gw_
-        alpha, beta = wr * gw_, hw - wr * p_
-        mean_e, mean_ex = beta * gb_ - alpha * s_, beta * gw_ - alpha * p_
-        slope = r * r * (mean_ex + wr * S / M)  # of -x in dX/dx
-        dx = torch.addcmul((slope * mean - r * mean_e).view(each), hx, (r * alpha).view(each), value=-1)
-        dx.addcmul_(g, (r * beta).view(each)).addcmul_(x, slope.view(each), value=-1)
+        means = torch.stack([s, p, gb, gw]) / M  # of hx, hx x^, g, g x^
+        s_, p_, gb_, gw_ = means
+        S = q.addcmul(s, gb_, value=-1).addcmul_(p, gw_, value=-1)
+        alpha, beta = wr * gw_, torch.addcmul(hw, wr, p_, value=-1)
+        mean_e, mean_ex = (beta * means[2:]).addcmul_(alpha, means[:2], value=-1)  # of e, e x^
+        slope = torch.addcmul(mean_ex, wr, S, value=1 / M).mul_(r * r)  # of -x in dX/dx
+        of_hx, of_g, of_e = torch.stack([alpha, beta, mean_e]) * r
+        dx = torch.addcmul((slope * mean - of_e).view(each), hx, of_hx.view(each), value=-1)
+        dx.addcmul_(g, of_g.view(each)).addcmul_(x, slope.view(each), value=-1)
         return T, dx, r * S, None, None
 
 

@@ -8,6 +8,8 @@ import contextlib
 import copy
 import itertools
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ import models
 import options
 import predict
 import train
-from conftest import assert_same, draw_images, flags
+from conftest import assert_same, draw_images, flags, free_port, read_log
 from methods import METHODS
 from support.processes import Processes, pick_device
 from support.run import Run
@@ -250,6 +252,59 @@ def test_evaluation_is_the_cpus(images, tmp_path, monkeypatch, capsys):
         predict.main(["--student", "out/last.pt", "--dataset", "folder", "--data-dir", str(images), "--device", device])
         found.append(capsys.readouterr().out)
     assert found[0] == found[1] and "top-1" in found[0]
+
+
+# ---------------------------------------------------------------- detection, two processes
+
+def test_a_step_of_detection_equals_the_cpus(exact_float32):
+    """With every region taken, where training draws some."""
+    detect = pytest.importorskip("detect")
+    draw = torch.Generator().manual_seed(0)
+    images = [torch.randint(256, (3, 64, 64), generator=draw, dtype=torch.uint8) for _ in range(2)]
+    masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    masks[:, 10:40, 8:50] = 1
+    targets = [dict(boxes=torch.tensor([[8., 10, 50, 40]]), labels=torch.tensor([1]), masks=masks)] * 2
+    found = []
+    for device in ("cpu", GPU):
+        args = argparse.Namespace(arch="resnet18", seed=0, freeze=0, batch_norm="frozen", proposals=16, min_size=64,
+                                  max_size=64, device=torch.device(device), amp=None)
+        model = detect.build(args, ["thing"], *data.IMAGENET).train()
+        for part in (model.rpn, model.roi_heads):
+            part.fg_bg_sampler.batch_size_per_image = 10_000
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        logged = detect.train_step(args, model, argparse.Namespace(optimizers=[optimizer], processes=Processes({})),
+                                   images, targets)
+        found.append(({name: float(value) for name, value in logged.items()}, list(model.parameters())))
+    (terms, weights), (terms_, weights_) = found
+    assert terms_ == pytest.approx(terms, rel=0.01, abs=1e-4) and distance(weights_, weights) < 1e-4
+
+
+PROCESS = """
+import sys, torch.distributed as dist
+start = dist.init_process_group
+dist.init_process_group = lambda timeout, **_: start("gloo", timeout=timeout)  # nccl wants a GPU for each process
+import conftest, train
+train.main(sys.argv[1:])
+"""
+
+
+def test_two_processes_on_one_device(images, tmp_path):
+    """Runs of two processes that share the device log what two processes on the CPU do."""
+    children = []
+    for device in {GPU, "cpu"}:
+        port = str(free_port())
+        for rank in ("0", "1"):
+            where = dict(RANK=rank, WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                         OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
+            command = [*flags(images, device, 2, *BANK), "--batch-size", "16", "--device", device]
+            children.append(subprocess.Popen([sys.executable, "-c", PROCESS, *command], env=os.environ | where,
+                                             cwd=tmp_path, stderr=subprocess.PIPE, text=True))
+    for child in children:
+        _, errors = child.communicate(timeout=60)
+        assert child.returncode == 0, errors
+    on_device, on_cpu = (read_log(tmp_path / device)[1:] for device in (GPU, "cpu"))
+    assert [line["ce"] for line in on_device] == pytest.approx([line["ce"] for line in on_cpu], rel=1e-2)
+    assert [line["step"] for line in on_device] == [3, 6]
 
 
 # ---------------------------------------------------------------- students, memory

@@ -32,7 +32,7 @@ import data
 from data import Batch, augment, cut, epoch_plan, normalise
 from support import images as images_module
 from support.console import ImageError, UserError
-from support.images import CentreView, RandomView, decode, naming, read_image, read_in_order
+from support.images import CentreView, RandomView, Reader, decode, naming, read_image
 from support.synthetic import paint
 
 
@@ -682,8 +682,8 @@ COORDINATES = torch.stack([Y, X, torch.zeros(H, W)])
 
 def boxes(key, flip=True, count=2000):
     """What views of COORDINATES show: top, left, height, width, int64 [n, 4]; whether flipped, bool [n]."""
-    view = RandomView(key, 8, flip)
-    views = torch.stack([view(COORDINATES, i) for i in range(count)])  # [n, 3, 8, 8]
+    view = RandomView(8, flip)
+    views = torch.stack([view(COORDINATES, f"{key},{i}") for i in range(count)])  # [n, 3, 8, 8]
     y, x = views[:, 0, :, 0], views[:, 1, 0]  # [n, 8] each
     flipped = x[:, 0] > x[:, -1]
     size = torch.stack([(c[:, 6] - c[:, 1]).abs() / 5 * 8 for c in (y, x)], 1).round()  # 0 and 7: cut filters
@@ -739,26 +739,40 @@ def test_imagenet_has_its_own_size_statistics_and_folders(tmp_path):
     assert len(loaded.test_labels) == 4 and next(loaded.test_batches())[0].shape == (4, 3, 224, 224)
 
 
-class Failing(torch.utils.data.Dataset):
-    """Its one item is an error."""
-
-    def __init__(self, error):
-        self.error = error
-
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, i):
-        with naming("x.png") if isinstance(self.error, MemoryError) else nullcontext():
-            raise self.error
+def fail(error):
+    with naming("x.png") if isinstance(error, MemoryError) else nullcontext():
+        raise error
 
 
 def test_errors_in_workers_are_not_called_broken_images():
     before = multiprocessing.active_children()
     for error in (RuntimeError("shapes differ"), MemoryError()):
         with pytest.raises(type(error)):
-            list(read_in_order(Failing(error), 1))
+            list(Reader(fail, 1)([[error]]))
         assert multiprocessing.active_children() == before
+
+
+@pytest.mark.parametrize("method,stay", [("fork", False), ("spawn", True)])
+def test_workers_stay_where_their_start_takes_long(method, stay, stream, monkeypatch):
+    """The batches are those of this process, behind an epoch that was left in its middle too."""
+    monkeypatch.setattr("support.images.get_start_method", lambda: method)
+    before, worked, alone = set(multiprocessing.active_children()), replace(stream, workers=2), replace(stream, workers=0)
+    workers = []
+    for epoch in range(4):
+        batches = worked.train_batches(4, 0, epoch)
+        if epoch == 2:
+            next(batches)
+            batches.close()
+        else:
+            for theirs in alone.train_batches(4, 0, epoch):  # asks for no more than the last, as train.py
+                assert all(a.equal(b) for a, b in zip(next(batches), theirs, strict=True))
+        workers.append({child.pid for child in set(multiprocessing.active_children()) - before})
+    assert [len(w) for w in workers] == [2, 2, 0, 2]
+    assert (workers[0] == workers[1]) is stay
+    assert not stay or pickle.loads(pickle.dumps(worked.readers["train"])).kept is None
+    worked.readers.clear()
+    del batches
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_workers_leave_signals_to_the_program_and_a_killed_one_is_one_line(stream, monkeypatch):

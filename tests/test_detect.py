@@ -25,10 +25,10 @@ import models
 from conftest import FAMILIES, assert_same, fork, read_log, wait
 from support import coco as coco_module
 from support.architectures import ARCHITECTURES
-from support.coco import Pictures, Plan, load_splits
+from support.coco import Pictures, load_splits
 from support.console import ImageError, UserError
 from support.files import CHECKPOINT_FORMAT, STUDENT_FILE, names_in_files, save_checkpoint
-from support.images import read_image, read_in_order
+from support.images import read_image
 from support.processes import Processes
 
 tools = pytest.importorskip("pycocotools.mask")
@@ -351,7 +351,7 @@ def test_broken_image(own):
     train, _ = load_splits("own", own)
     train.index.imgs[1]["file_name"] = "none.png"
     with pytest.raises(ImageError, match="cannot read image .*none.png"):
-        list(read_in_order(Plan(train, [(0, False), (1, False)]), 1))
+        list(train.read([(0, False), (1, False)], 1))
 
 
 # ---------------------------------------------------------------- AP
