@@ -211,10 +211,14 @@ class Run:
         self.step += 1
         self.total_steps += 1
         self.images_seen += images * self.processes.size
+        shapes = {name: list(value.shape) for name, value in terms.items()}
+        summed = self.sums.get("shapes", shapes)
+        if list(summed.items()) != list(shapes.items()):
+            raise UserError(f"terms changed within an epoch, from {', '.join(summed)} to "
+                            f"{', '.join(shapes)}: a method may change them in start_epoch only")
         values = torch.cat([value.flatten() for value in terms.values()])
         before = self.sums.get("values", torch.zeros_like(values))
         finite = before.isfinite().all()
-        shapes = {name: list(value.shape) for name, value in terms.items()}
         self.sums = {"shapes": shapes, "values": torch.where(finite, before + values, before)}
         self.finite_steps = self.finite_steps + self.sums["values"].isfinite().all()
 
