@@ -34,7 +34,7 @@ from torchvision import datasets
 from support import seeds
 from support.console import UserError, shorten
 from support.images import ENDINGS, BatchOfImages, CentreView, RandomView, Reader, decode
-from support.synthetic import synthetic
+from support.synthetic import MOST, synthetic
 
 try:
     import fcntl
@@ -174,13 +174,14 @@ class Streamed(Dataset):
 
 
 def load(name, data_dir="data", image_size=None, *, stream=False, validation_fraction=0.0, seed=0,
-         augment="crop-flip", workers=0):
+         augment="crop-flip", workers=0, synthetic_images=None):
     """Data set `name`, one of DATASETS, on the CPU. Raises UserError for what the user can mend.
 
     cifar100, cifar10  downloaded into data_dir by torchvision, unless there already
     imagenet           data_dir/train/CLASS/* and data_dir/val/CLASS/*, streamed, 224 pixels
     folder             data_dir/train/CLASS/* and data_dir/test/CLASS/* (or val), what Pillow reads
-    synthetic          20 classes of drawn shapes, 10,000 + 2,000 images; no network, no disk
+    synthetic          20 classes of drawn shapes, 10,000 + 2,000 images, or `synthetic_images` +
+                       2,000, the first of them; no network, no disk
 
     image_size: 32 by default, imagenet 224. stream: a folder is read while training.
     validation_fraction: the share of each class's training images held out, a function of seed.
@@ -191,6 +192,9 @@ def load(name, data_dir="data", image_size=None, *, stream=False, validation_fra
     if not 0 <= validation_fraction < 1:
         raise UserError(f"--validation-fraction {validation_fraction} must be at least 0 and "
                         "less than 1")
+    count = synthetic_images or MOST
+    if count > MOST or synthetic_images and name != "synthetic":
+        raise UserError(f"--synthetic-images {count} goes with --dataset synthetic, up to {MOST}")
     data_dir = Path(os.path.expanduser(data_dir))  # Path's own raises for an unknown ~user
     size = image_size or (224 if name == "imagenet" else 32)
     stream = stream or name == "imagenet"
@@ -204,7 +208,7 @@ def load(name, data_dir="data", image_size=None, *, stream=False, validation_fra
     if name in CIFAR and size != 32:
         raise UserError(f"--dataset {name} has images of 32 pixels, not {size}: "
                         "use --dataset folder")
-    loaded = load_cifar(name, data_dir) if name in CIFAR else synthetic(size)
+    loaded = load_cifar(name, data_dir) if name in CIFAR else synthetic(size, count)
     classes, images, labels, test_images, test_labels = loaded
     kept, held = split(labels, classes)
     mean, std = CIFAR[name][1:] if name in CIFAR else mean_std(images[kept])

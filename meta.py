@@ -101,10 +101,10 @@ def hypergradient(inner_loss, outer_loss, params, meta_params, *, inner_steps, l
     the derivatives of the local X is the derivative of the mean X. An average inside X would put
     a collective call into the graph and count other processes' derivatives as constants.
 
-    params, meta_params: tensors, in any iterable. inner_loss(params), outer_loss(params): take a list of tensors in the order of `params`,
-    return a scalar; they reach phi by closure. params have one dtype and do not change. Returns
-    one tensor for each meta parameter, zeros where the loss does not depend on it. Source: arXiv
-    2207.11518, with momentum and weight decay.
+    params, meta_params: tensors, in any iterable. inner_loss(params), outer_loss(params): take a
+    list of tensors in the order of `params`, return a scalar; they reach phi by closure. params
+    have one dtype and do not change. Returns one tensor for each meta parameter, zeros where the
+    loss does not depend on it. Source: arXiv 2207.11518, with momentum and weight decay.
     """
     params, meta_params = list(params), list(meta_params)
     local = _local_hypergradient(inner_loss, outer_loss, params, meta_params, inner_steps, lr,

@@ -226,7 +226,7 @@ class MCL(Method):
             return None
         if not args.weight_vcl + args.weight_icl:  # nobody wants it to
             return None
-        return (f"contrast teaches nothing yet: VCL is {line['vcl_gain']:.3f} nats below chance; try a longer "
+        return (f"contrast teaches nothing yet: vcl_gain is {line['vcl_gain']:.3f} nats; try a longer "
                 "--soft-ramp, a larger --weight-vcl and --weight-icl, or more epochs (docs/RUNNING.md)")
 
     def weighted(self, values):

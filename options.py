@@ -45,6 +45,8 @@ def build_parser(description, program, method):
                    help="cifar100 (default), cifar10: downloaded at first use; folder: DATA_DIR/"
                    "{train,test}/CLASS/*; imagenet: DATA_DIR/{train,val}/CLASS/*, streamed; "
                    "synthetic: drawn at start")
+    g.add_argument("--synthetic-images", type=arguments.at_least_1, metavar="N",
+                   help="synthetic: training images, up to 10000 (10000)")
     g.add_argument("--data-dir", default="data", metavar="DIR", help="where the data set is (data)")
     g.add_argument("--image-size", type=arguments.at_least(8), metavar="PIXELS",
                    help="side of the images (32; imagenet 224)")

@@ -181,7 +181,8 @@ def say_epoch(line, scores):
 def load_data(args):
     """The data set of the options, on the CPU. Raises UserError."""
     return data.load(args.dataset, args.data_dir, args.image_size, stream=args.stream, augment=args.augment,
-                     validation_fraction=args.validation_fraction, seed=args.seed, workers=args.workers)
+                     validation_fraction=args.validation_fraction, seed=args.seed, workers=args.workers,
+                     synthetic_images=args.synthetic_images)
 
 
 def build(args, dataset, resumed=False):

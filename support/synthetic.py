@@ -8,14 +8,17 @@ SHAPES = ("disc", "square", "triangle", "ring", "cross")
 TEXTURES = ("shaded", "striped", "checked", "dotted")
 
 
-def synthetic(size):
-    """(20 classes, images uint8 [10000, size, size, 3], labels, 2000 test images, test labels)."""
+MOST = 10_000  # training images
+
+
+def synthetic(size, count=MOST):
+    """(20 classes, images uint8 [count, size, size, 3], labels, 2000 test images, test labels)."""
     generator = torch.Generator().manual_seed(20)
     classes = [f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES]
-    labels, test_labels = (torch.arange(count) % len(classes) for count in (10_000, 2_000))
+    labels, test_labels = (torch.arange(n) % len(classes) for n in (MOST, 2_000))
     draw = lambda some: torch.cat([paint(chunk, size, generator) for chunk in some.split(500)])
     images, test_images = draw(labels), draw(test_labels)
-    return classes, images, labels, test_images, test_labels
+    return classes, images[:count], labels[:count], test_images, test_labels
 
 
 def paint(labels, size, generator):

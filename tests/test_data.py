@@ -288,7 +288,7 @@ def test_validation_split_of_a_folder_without_test(tmp_path, stream):
 def test_validation_split_in_memory(synthetic, monkeypatch):
     every = [getattr(synthetic, f"{split}_{name}")
              for split in ("train", "test") for name in ("images", "labels")]
-    monkeypatch.setattr(data, "synthetic", lambda size: (synthetic.classes, *every))
+    monkeypatch.setattr(data, "synthetic", lambda *_: (synthetic.classes, *every))
     split = data.load("synthetic", validation_fraction=0.1)
     assert split.validation_labels.bincount().tolist() == [50] * 20
     assert split.test_images.equal(synthetic.test_images)
@@ -317,6 +317,17 @@ def test_synthetic(synthetic):
     every = torch.cat([synthetic.train_images, synthetic.test_images])
     assert len({image.numpy().tobytes() for image in every}) == 12_000  # no image twice, in either split
     assert_mean_and_std(synthetic)
+
+
+def test_fewer_synthetic_images(synthetic):
+    """The first ones, with the same test set; no other data set takes the option."""
+    few = data.load("synthetic", synthetic_images=400)
+    assert few.train_images.equal(synthetic.train_images[:400]) and few.train_labels.bincount().tolist() == [20] * 20
+    assert few.test_images.equal(synthetic.test_images)
+    assert_mean_and_std(few)
+    for name, count in (("synthetic", 10_001), ("cifar100", 400)):
+        with pytest.raises(UserError, match=f"--synthetic-images {count} goes with --dataset synthetic, up to 10000"):
+            data.load(name, synthetic_images=count)
 
 
 def test_synthetic_ignores_and_keeps_the_global_generator():

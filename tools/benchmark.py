@@ -115,6 +115,7 @@ def main(argv=None):
         args.device = pick_device(args.device, processes)
         if args.deterministic:
             be_deterministic()
+        torch.backends.cudnn.benchmark = not args.deterministic  # as train.py
         check_graphs(args, processes)
         dataset = train.load_data(args).to(args.device)
         rows = benchmark(args, dataset, processes)
