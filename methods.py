@@ -226,8 +226,8 @@ class MCL(Method):
             return None
         if not args.weight_vcl + args.weight_icl:  # nobody wants it to
             return None
-        return (f"contrast teaches nothing yet: vcl_gain is {line['vcl_gain']:.3f} nats; try a longer "
-                "--soft-ramp, a larger --weight-vcl and --weight-icl, or more epochs (docs/RUNNING.md)")
+        return (f"contrast teaches nothing yet: vcl_gain is {line['vcl_gain']:.3f} nats; try a "
+                "larger --weight-vcl and --weight-icl, a longer --soft-ramp, or more epochs (docs/RUNNING.md)")
 
     def weighted(self, values):
         """alpha VCL + beta ICL + r gamma Soft VCL + r lam Soft ICL, as terms {name: (weight, value)}.
@@ -305,7 +305,7 @@ def add_contrast(group):
                        "its rows are written before)")
     group.add_argument("--soft-ramp", type=arguments.not_negative, metavar="EPOCHS",
                        help="gamma and lam grow to their values in so many epochs; 0: at once (0; bank: a tenth "
-                       "of --epochs)")
+                       "of --epochs, 8 at least)")
 
 
 class LMCL(MCL):

@@ -192,4 +192,4 @@ def beginning(args):
         return {}
     if args.contrast == "batch":
         return dict(contrast_start=0, soft_ramp=0.0)
-    return dict(contrast_start=1, soft_ramp=args.epochs / 10)
+    return dict(contrast_start=1, soft_ramp=max(8, args.epochs / 10))

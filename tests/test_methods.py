@@ -277,7 +277,7 @@ def test_the_warning_that_contrast_teaches_nothing():
     method, *_ = make("lmcl", *BANK, train_labels=TRAIN_LABELS)  # starts with epoch 1, the log's second
     line = lambda epoch, gain: dict(epoch=epoch, vcl_gain=gain)
     assert not any(method.warning(x) for x in (dict(epoch=1), line(2, 0.0), line(3, 0.011)))
-    assert "vcl_gain is 0.009 nats; try a longer --soft-ramp" in method.warning(line(3, 0.009))
+    assert "vcl_gain is 0.009 nats; try a larger --weight-vcl" in method.warning(line(3, 0.009))
     silent, *_ = make("mcl", "--weight-vcl", "0", "--weight-icl", "0")
     assert not silent.warning(line(9, 0.0)) and not make("independent")[0].warning(dict(epoch=9))
 

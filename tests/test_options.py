@@ -29,6 +29,7 @@ def test_recipes():
         epochs=100, batch_size=256, weight_decay=1e-4, schedule="multistep", milestones=[30, 60, 90],
         tau=0.07, weight_vcl=0.01, weight_icl=0.5, meta_freq=500, contrast="bank", batches="uniform",
         image_size=224, negatives=8192, bank_momentum=0.5, contrast_start=1, soft_ramp=10).items()
+    assert vars(parse("--contrast", "bank", "--epochs", "20"))["soft_ramp"] == 8
     adamw = vars(parse("--dataset", "imagenet", "--arch", "swin_t", "--optimizer", "adamw"))
     assert (adamw["lr"], adamw["weight_decay"], adamw["epochs"]) == (1e-3, 0.05, 100)
     given = vars(parse("--optimizer", "adamw", "--lr", "0.01", "--weight-decay", "0"))
