@@ -1,6 +1,6 @@
 """Train N students together by layer-wise mutual contrastive learning (L-MCL), or by one of its baselines.
 
-    python train.py --dataset synthetic --arch resnet8 --num-nets 2 --epochs 4 --batch-size 32 --lr 0.05
+    python train.py --dataset synthetic --synthetic-images 400 --arch resnet8 --epochs 60 --batch-size 32 --lr 0.05
     python train.py --arch resnet32 --num-nets 2                       # CIFAR-100, the published recipe
     python train.py --arch resnet56 wrn_40_2                           # two different students
     python train.py --arch resnet32 --method independent               # the published baseline

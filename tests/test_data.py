@@ -29,6 +29,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import RandomResizedCrop
 
 import data
+import options
+import train
 from data import Batch, augment, cut, epoch_plan, normalise
 from support import images as images_module
 from support.console import ImageError, UserError
@@ -325,6 +327,8 @@ def test_fewer_synthetic_images(synthetic):
     assert few.train_images.equal(synthetic.train_images[:400]) and few.train_labels.bincount().tolist() == [20] * 20
     assert few.test_images.equal(synthetic.test_images)
     assert_mean_and_std(few)
+    args = options.parse("", ["--dataset", "synthetic", "--synthetic-images", "40", "--image-size", "8"])
+    assert len(train.load_data(args).train_labels) == 40
     for name, count in (("synthetic", 10_001), ("cifar100", 400)):
         with pytest.raises(UserError, match=f"--synthetic-images {count} goes with --dataset synthetic, up to 10000"):
             data.load(name, synthetic_images=count)

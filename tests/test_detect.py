@@ -352,6 +352,7 @@ def test_broken_image(own):
     train.index.imgs[1]["file_name"] = "none.png"
     with pytest.raises(ImageError, match="cannot read image .*none.png"):
         list(train.read([(0, False), (1, False)], 1))
+    assert train.reader.workers == 1
 
 
 # ---------------------------------------------------------------- AP
