@@ -180,8 +180,8 @@ def load(name, data_dir="data", image_size=None, *, stream=False, validation_fra
     cifar100, cifar10  downloaded into data_dir by torchvision, unless there already
     imagenet           data_dir/train/CLASS/* and data_dir/val/CLASS/*, streamed, 224 pixels
     folder             data_dir/train/CLASS/* and data_dir/test/CLASS/* (or val), what Pillow reads
-    synthetic          20 classes of drawn shapes, 10,000 + 2,000 images, or `synthetic_images` +
-                       2,000, the first of them; no network, no disk
+    synthetic          20 classes of drawn shapes, 10,000 + 2,000 images; no network, no disk.
+                       synthetic_images: only the first so many of the 10,000
 
     image_size: 32 by default, imagenet 224. stream: a folder is read while training.
     validation_fraction: the share of each class's training images held out, a function of seed.

@@ -276,9 +276,8 @@ class Calls(Dataset):
 class Reader:
     """Called with a list of requests r: read(*r) for each, in order. Raises ImageError.
 
-    workers: the processes that do it (0: this one). Where a process starts by fork, in
-    milliseconds, they end with the list. Where its start takes seconds they stay for the next
-    list; read has no state, so nothing in them gets old.
+    read: it has no state. workers: the processes that call it (0: this one). Where a process starts
+    by fork, in milliseconds, they end with the list; elsewhere that takes seconds, and they stay.
     """
 
     def __init__(self, read, workers, pin_memory=False):

@@ -71,7 +71,8 @@ def test_options_of_the_data_are_handed_on(run, monkeypatch):
     monkeypatch.setattr(data, "load", load)
     run("--method", "independent", "--augment", "crop", "--seed", 7, "--validation-fraction", 0.33, "--batch-size", 12,
         "--stream", "--workers", 1, "--max-steps", 1, epochs=1)
-    assert given == dict(stream=True, augment="crop", validation_fraction=0.33, seed=7, workers=1, synthetic_images=None)
+    assert given == dict(stream=True, augment="crop", validation_fraction=0.33, seed=7, workers=1,
+                         synthetic_images=None)
 
 
 def test_dropout_is_a_function_of_seed_step_and_rank():
