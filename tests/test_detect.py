@@ -357,6 +357,16 @@ def test_broken_image(own):
 
 # ---------------------------------------------------------------- AP
 
+def test_evaluation_sees_each_image_as_it_is(own, monkeypatch):
+    """In the order of the ids, not flipped."""
+    _, test = load_splits("own", own)
+    none = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0), scores=torch.zeros(0), masks=torch.zeros(0, 1, 1))
+    seen = []
+    monkeypatch.setattr(detect, "detect", lambda model, image, device: seen.append(image) or none)
+    detect.evaluate(Namespace(workers=0, device=torch.device("cpu")), test, None, Processes({}))
+    assert all(torch.equal(image, test.load(i)[0]) for image, i in zip(seen, test.ids, strict=True))
+
+
 def test_average_precision(own, tmp_path):
     """Perfect detections have 100, none 0, others what pycocotools gives for files of the same."""
     _, test = load_splits("own", own)

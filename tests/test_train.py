@@ -696,7 +696,9 @@ def tool(monkeypatch):
 def test_benchmark(tool, images, tmp_path, capsys, monkeypatch):
     benchmark = tool("benchmark")
     monkeypatch.setattr(benchmark, "benchmark", functools.partial(benchmark.benchmark, runs=2, warm_up=1))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     benchmark.main(flags(images, tmp_path, 1))
+    assert torch.backends.cudnn.benchmark is True  # as train.py
     first, *rows = capsys.readouterr().out.splitlines()
     names = ["step, deep-supervision", "step, lmcl", "meta step", "evaluation"]
     assert [row[:24].strip() for row in rows] == names
