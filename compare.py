@@ -163,8 +163,10 @@ def by_seed(runs):
 
 def are_paired(first, runs):
     """Whether two rows have the same seeds, and as many steps on the same images."""
-    alike = lambda name: len({as_text(row[0].options[name]) for row in (first, runs) if name in row[0].options}) < 2
-    on_the_same = row_key(first[0]) == row_key(runs[0]) and all(map(alike, ("dataset", "classes", "digest")))
+    alike = lambda name: len({as_text(row[0].options[name]) for row in (first, runs)
+                              if name in row[0].options}) < 2
+    on_the_same = (row_key(first[0]) == row_key(runs[0])
+                   and all(map(alike, ("dataset", "classes", "digest"))))
     return on_the_same and by_seed(first).keys() == by_seed(runs).keys()
 
 
@@ -202,7 +204,8 @@ def table(differing, groups):
             if len(scores) < len(same):
                 seeds = sorted(run.seed for run in same)
                 twice = {str(seed) for seed, after in pairwise(seeds) if seed == after}
-                warn(f"compare.py: row {len(rows) + 1}: seed {', '.join(sorted(twice))} occurs more than once")
+                warn(f"compare.py: row {len(rows) + 1}: "
+                     f"seed {', '.join(sorted(twice))} occurs more than once")
             first = first or same
             if first is not same and are_paired(first, same):
                 before = by_seed(first)
@@ -213,7 +216,8 @@ def table(differing, groups):
     named = "arch" not in differing and isinstance(arch, list) and len(arch) == len(numbers)
     gains = [title for title in GAINS.values() if any(title in cells for cells in rows)]
     paired = [LESS] if any(LESS in cells for cells in rows) else []
-    last = ["mean", *paired, "top-5 mean", *gains, "best epoch (chosen on)", "n (seeds)", "epochs done"]
+    last = ["mean", *paired, "top-5 mean", *gains,
+            "best epoch (chosen on)", "n (seeds)", "epochs done"]
     titles = {column: column for column in [*differing, *numbers, *last]}
     for a in numbers:
         titles[a] = f"student {a} {arch[a - 1]}" if named else f"student {a}"

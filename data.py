@@ -478,10 +478,12 @@ def deal_pairs(labels, steps, generator):
 
 
 def cut(batch, share, pairs):
-    """One process's part of a batch: b = B // size images, in pairs 2 (B // 2 // size); the rest is left out.
+    """One process's part of a batch: b = B // size images, in pairs 2 (B // 2 // size);
+    the rest is left out.
 
-    batch: Batch of columns [B]; share: (rank, size); pairs: images 2i and 2i + 1 stay together, so that each
-    process contrasts whole pairs. -> Batch of columns [b], views.
+    batch: Batch of columns [B]; share: (rank, size);
+    pairs: images 2i and 2i + 1 stay together, so that each process contrasts whole pairs.
+    -> Batch of columns [b], views.
     """
     rank, size = share
     if size == 1:

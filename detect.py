@@ -153,8 +153,8 @@ class FPN(torch.nn.Module):
             maps = backbone.maps(torch.zeros(1, 3, 128, 128))
         strides = [128 / m.shape[-1] for m in maps]
         if strides != [4, 8, 16, 32]:
-            raise UserError("detection wants stages at strides 4, 8, 16 and 32; this student's have "
-                            f"{', '.join(f'{stride:g}' for stride in strides)}")
+            raise UserError("detection wants stages at strides 4, 8, 16 and 32; this student's "
+                            f"have {', '.join(f'{stride:g}' for stride in strides)}")
         self.pyramid = FeaturePyramidNetwork([m.shape[1] for m in maps], WIDTH, LastLevelMaxPool())
 
     def forward(self, x):
@@ -407,8 +407,8 @@ def parse(argv=None):
     except UserError as error:
         p.error(f"argument --arch or --model-file: {error}")
     if stages != 4:
-        p.error(f"argument --arch: {args.arch} has {stages} stages, detection wants four, at strides "
-                "4, 8, 16 and 32")
+        p.error(f"argument --arch: {args.arch} has {stages} stages, "
+                "detection wants four, at strides 4, 8, 16 and 32")
     if args.max_size < args.min_size:
         p.error("argument --max-size: must be at least --min-size")
     if args.out_dir is None and not uses:
@@ -471,7 +471,8 @@ def start(args, processes):
         with run.saving():
             train(args, train_set, test_set, model, run)
         best = shlex.quote(f"{out}/best.pt")
-        run.say_end("mean of box and mask AP", f"python detect.py --predict IMAGE --checkpoint {best}")
+        run.say_end("mean of box and mask AP",
+                    f"python detect.py --predict IMAGE --checkpoint {best}")
         processes.stop()
 
 

@@ -1,37 +1,38 @@
-"""Mutual contrastive losses: VCL, ICL, Soft VCL, Soft ICL, their sums MCL and L-MCL; and losses on logits and maps.
+"""Mutual contrastive losses: VCL, ICL, Soft VCL, Soft ICL, MCL, L-MCL. Losses on logits and maps.
 
 Yang et al., "Online Knowledge Distillation via Mutual Contrastive Learning for Visual Recognition"
 (TPAMI 2023, arXiv 2207.11518: L-MCL) and "Mutual Contrastive Learning for Visual Representation
 Learning" (AAAI 2022, arXiv 2104.12565: MCL).
 
-symbol   variable     meaning                                        shape / default
--------  -----------  ---------------------------------------------  --------------------------------
-N        N            students trained together
-L        L            stages of a student whose features contrast    3 on CIFAR students, 4 on ImageNet's
-S        S            embedding sets, one per student and stage      N * L
-B, D     B, D         batch size, embedding dimension                128, 128
-C        C            classes; the last dimension of logits          100
-K        K, log_K     negatives; those of the anchor's class are     126 in a batch of 64 pairs; 8192 drawn
-                      left out                                       from a bank
-z_a^l    embeddings   unit embedding of student a at stage l         [N, L, B, D]
-y        labels       class of each sample                           [B], int64
-tau      tau          temperature of the contrastive distributions   0.1 CIFAR, 0.07 ImageNet
-T        T            extra temperature of every KL term             3
-sim(u,v) scores       u v^T / tau, entries s_ij; row i is anchor i   [..., B, M]; M = B in the batch; with a bank
-                                                                     K + 2 between sets, K + 1 within one
-P(i)     positive     true where column j is a positive of anchor i  [B, M]
-         excluded     true where column j is no candidate of i       [B, M]
-lambda   weights      layer-matching weight (see meta.py)            [N, L, N, L, B]
+symbol    variable    meaning                                       shape / default
+--------  ----------  --------------------------------------------  -----------------------------
+N         N           students trained together                     2
+L         L           stages of a student whose features contrast   3 on CIFAR, 4 on ImageNet
+S         S           embedding sets, one per student and stage     N * L
+B, D      B, D        batch size, embedding dimension               128, 128
+C         C           classes; the last dimension of logits         100
+K         K, log_K    negatives; those of the anchor's class are    126 in a batch of 64 pairs;
+                      left out                                      8192 drawn from a bank
+z_a^l     embeddings  unit embedding of student a at stage l        [N, L, B, D]
+y         labels      class of each sample                          [B], int64
+tau       tau         temperature of contrastive distributions      0.1 CIFAR, 0.07 ImageNet
+T         T           extra temperature of every KL term            3
+sim(u,v)  scores      u v^T / tau, entries s_ij; row i is anchor i  [..., B, M]; in the batch M = B,
+                                                                    with a bank K + 2 between sets,
+                                                                    K + 1 within one
+P(i)      positive    true where column j is a positive of i        [B, M]
+          excluded    true where column j is no candidate of i      [B, M]
+lambda    weights     layer-matching weight (see meta.py)           [N, L, N, L, B]
 a <- b                a learns from b, which is constant
 
-Conventions. Anchors are rows, contrasts are columns. Every loss is computed per anchor; the batch mean is
-taken at the end. Everything runs in float32 or wider. The terms come unweighted: the classes in methods.py
-apply alpha, beta, gamma, lam to VCL, ICL, Soft VCL, Soft ICL.
-In the batch, column j is sample j. The hard losses (VCL, ICL) exclude column j = i, whether both sets
-come from one student or from two, and their mean leaves out anchors without a positive in the batch.
-The soft losses keep all B columns and all B anchors.
-With a memory bank, the columns are rows of the bank. Hard and soft losses exclude the same columns, the
-negatives of the anchor's own class, and every anchor has a positive.
+Conventions. Anchors are rows, contrasts are columns. Every loss is computed per anchor; the batch
+mean is taken at the end. Everything runs in float32 or wider. The terms come unweighted: the
+classes in methods.py apply alpha, beta, gamma, lam to VCL, ICL, Soft VCL, Soft ICL.
+In the batch, column j is sample j. The hard losses (VCL, ICL) exclude column j = i, whether both
+sets come from one student or from two, and their mean leaves out anchors without a positive in the
+batch. The soft losses keep all B columns and all B anchors.
+With a memory bank, the columns are rows of the bank. Hard and soft losses exclude the same columns,
+the negatives of the anchor's own class, and every anchor has a positive.
 """
 
 import math
@@ -39,11 +40,12 @@ import math
 import torch
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------- scores and the two per-anchor losses
+# ---------------------------------------------------------------- scores, losses of an anchor
 
 def similarity(u, v, tau):
-    """sim(u, v) = u v^T / tau in float32 or wider, under autocast too.  [..., B, D], [..., M, D] -> [..., B, M].
+    """sim(u, v) = u v^T / tau in float32 or wider, under autocast too.
 
+    u [..., B, D], v [..., M, D] -> [..., B, M].
     Raises ValueError for a tau that is not above 0.
     """
     _check_positive("tau", tau)
@@ -52,7 +54,10 @@ def similarity(u, v, tau):
 
 
 def batch_masks(labels):
-    """positive: j is another sample of i's class; excluded: j = i.  labels [B] -> two bool masks [B, B]."""
+    """positive: j is another sample of i's class; excluded: j = i.
+
+    labels [B] -> two bool masks [B, B].
+    """
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     same = labels[:, None] == labels[None, :]  # [B, B]
     return same & ~itself, itself
@@ -64,13 +69,17 @@ def nce(scores, positive, excluded):
         nce_i = - mean_{j in P(i)} log [ exp s_ij / sum_k exp s_ik ]
               = logsumexp_k s_ik - mean_{j in P(i)} s_ij
 
-    scores [..., B, M] (of similarity), excluded bool [B, M], positive bool [B, M'] or [1, M'] -> [..., B], one value an
-    anchor, not reduced. With M' < M the columns from M' on are never positive; a bank's negatives are then not
-    multiplied by zeros. Anchors without a positive give 0. The masks are constant; gradient goes into the scores.
+    scores [..., B, M] (of similarity), excluded bool [B, M], positive bool [B, M'] or [1, M']
+    -> [..., B], one value an anchor, not reduced.
+    With M' < M the columns from M' on are never positive; a bank's negatives are then not
+    multiplied by zeros. Anchors without a positive give 0. The masks are constant; gradient goes
+    into the scores.
     Source: arXiv 2104.12565, with the class mean of SupCon (arXiv 2004.11362).
     """
-    # The lowest finite number instead of -inf: exp gives the same 0, and a row without candidates stays finite.
-    partition = scores.masked_fill(excluded, torch.finfo(scores.dtype).min).logsumexp(-1)  # [..., B]
+    # The lowest finite number instead of -inf: exp gives the same 0, and a row without candidates
+    # stays finite.
+    lowest = torch.finfo(scores.dtype).min
+    partition = scores.masked_fill(excluded, lowest).logsumexp(-1)  # [..., B]
     count = positive.sum(-1, dtype=scores.dtype)  # [B]
     target = positive / count.clamp(min=1)[:, None]  # [B, M'], rows sum to 1 or 0
     attraction = (scores[..., :target.shape[-1]] * target).sum(-1)  # [..., B]
@@ -80,7 +89,8 @@ def nce(scores, positive, excluded):
 def log_probabilities(scores, T, excluded=None):
     """log softmax(scores / T) over the last dimension.  [..., B, M] -> [..., B, M].
 
-    Excluded columns [B, M] get probability 0 and a finite logarithm, so that they add 0 to kl, not NaN.
+    Excluded columns [B, M] get probability 0 and a finite logarithm, so that they add 0 to kl, not
+    NaN.
     Raises ValueError for a T that is not above 0.
     """
     _check_positive("T", T)
@@ -91,11 +101,12 @@ def log_probabilities(scores, T, excluded=None):
 
 
 def kl(student, teacher, T):
-    """KL(teacher || student) times T^2, both log-probabilities at temperature T, the teacher q constant.
+    """KL(teacher || student) times T^2, the teacher q constant, both log-probabilities at T.
 
         kl_i = T^2 * sum_j q_ij (log q_ij - log p_ij),   log p = student, log q = teacher
 
-    student, teacher [..., B, M], leading dimensions broadcast -> [..., B]. No gradient flows into the teacher.
+    student, teacher [..., B, M], leading dimensions broadcast -> [..., B]. No gradient flows into
+    the teacher.
     T^2 keeps the gradient's size independent of T (Hinton et al. 2015).
     """
     student, teacher = torch.broadcast_tensors(student, teacher)
@@ -106,10 +117,10 @@ def kl(student, teacher, T):
 class KLToConstant(torch.autograd.Function):
     """sum_j q_j (log q_j - log p_j) with the gradient -q for log p and none for q.
 
-    q.detach() would give the same gradient, but its derivative would miss that q moves with theta. The meta
-    step differentiates through updates, and each update has another q: with q.detach() its hypergradient is
-    tens of per cent off at initialisation. No sum of ordinary operations does this: its Jacobian is symmetric in
-    log p and q, or lacks q's part.
+    q.detach() would give the same gradient, but its derivative would miss that q moves with theta.
+    The meta step differentiates through updates, and each update has another q: with q.detach() its
+    hypergradient is tens of per cent off at initialisation. No sum of ordinary operations does
+    this: its Jacobian is symmetric in log p and q, or lacks q's part.
     """
 
     generate_vmap_rule = True  # torch.func
@@ -145,71 +156,87 @@ def mean_over_anchors(per_anchor, valid):
     return (per_anchor * valid).sum(-1) / valid.sum().clamp(min=1)
 
 
-# ---------------------------------------------------------------- the four losses on a pair of students
+# ---------------------------------------------------------------- the four losses of a pair
 
 def vcl(z, labels, tau=0.1):
-    """Vanilla contrastive loss of one student: the mean over i of nce(similarity(z, z, tau), positive, excluded)_i.
+    """Vanilla contrastive loss of one student.
+
+        VCL = mean over i of nce(similarity(z, z, tau), positive, excluded)_i
 
     positive, excluded = batch_masks(labels): column j is sample j, never i itself.
-    z [B, D], labels [B] -> scalar, the mean over the anchors that have a positive. Source: arXiv 2104.12565.
+    z [B, D], labels [B] -> scalar, the mean over the anchors that have a positive.
+    Source: arXiv 2104.12565.
     """
     _check("vcl", z=(z, "B D"), labels=(labels, "B"))
     positive, excluded = batch_masks(labels)
-    return mean_over_anchors(nce(similarity(z, z, tau), positive, excluded), positive.any(-1))
+    per_anchor = nce(similarity(z, z, tau), positive, excluded)  # [B]
+    return mean_over_anchors(per_anchor, positive.any(-1))
 
 
 def icl(z_a, z_b, labels, tau=0.1):
-    """Interactive contrastive loss, mean over i of nce(similarity(z_a, z_b, tau), positive, excluded)_i: anchor from
-    a, contrast from b; gradient into both.
+    """Interactive contrastive loss: anchor from a, contrast from b; gradient into both.
 
-    positive, excluded = batch_masks(labels): column j is sample j of b, and j = i, the same image seen by the other
-    student, is neither positive nor negative. So labels that are all different give 0. For two views of each image,
-    where view i of b is the positive of view i of a, give both views to vcl:
-    vcl(torch.cat([z_a, z_b]), torch.arange(B).repeat(2)).
+        ICL = mean over i of nce(similarity(z_a, z_b, tau), positive, excluded)_i
+
+    positive, excluded = batch_masks(labels): column j is sample j of b, and j = i, the same image
+    seen by the other student, is neither positive nor negative. So labels that are all different
+    give 0. For two views of each image, where view i of b is the positive of view i of a, give both
+    views to vcl: vcl(torch.cat([z_a, z_b]), torch.arange(B).repeat(2)).
     Minimising ICL maximises a lower bound of the mutual information of the two embeddings:
     I(z_a; z_b) >= log K - ICL, K the number of negatives.
-    z_a, z_b [B, D] -> scalar, the mean over the anchors that have a positive. Source: arXiv 2104.12565.
+    z_a, z_b [B, D] -> scalar, the mean over the anchors that have a positive.
+    Source: arXiv 2104.12565.
     """
     _check("icl", z_a=(z_a, "B D"), z_b=(z_b, "B D"), labels=(labels, "B"))
     positive, excluded = batch_masks(labels)
-    return mean_over_anchors(nce(similarity(z_a, z_b, tau), positive, excluded), positive.any(-1))
+    per_anchor = nce(similarity(z_a, z_b, tau), positive, excluded)  # [B]
+    return mean_over_anchors(per_anchor, positive.any(-1))
 
 
 def soft_vcl(z_a, z_b, tau=0.1, T=3.0):
-    """Soft VCL, a learns from b: kl of softmax(sim(z_a,z_a)/T) towards softmax(sim(z_b,z_b)/T).
+    """Soft VCL: a learns from b.
+
+        Soft VCL = mean over i of kl of softmax(sim(z_a,z_a)/T) towards softmax(sim(z_b,z_b)/T)
 
     Without labels: all B columns, the diagonal too, unlike batch_masks' hard losses.
     z_a, z_b [B, D] -> scalar, the mean over all anchors. z_b is constant; the reverse direction is
     soft_vcl(z_b, z_a). Source: arXiv 2104.12565.
     """
     _check("soft_vcl", z_a=(z_a, "B D"), z_b=(z_b, "B D"))
-    student, teacher = (log_probabilities(similarity(z, z, tau), T) for z in (z_a, z_b))
+    student = log_probabilities(similarity(z_a, z_a, tau), T)  # [B, B]
+    teacher = log_probabilities(similarity(z_b, z_b, tau), T)  # [B, B]
     return kl(student, teacher, T).mean()
 
 
 def soft_icl(z_a, z_b, tau=0.1, T=3.0):
-    """Soft ICL, a's view learns from b's: kl of softmax(sim(z_a,z_b)/T) towards softmax(sim(z_b,z_a)/T).
+    """Soft ICL: a's view learns from b's.
+
+        Soft ICL = mean over i of kl of softmax(sim(z_a,z_b)/T) towards softmax(sim(z_b,z_a)/T)
 
     Without labels: all B columns, the diagonal too, unlike batch_masks' hard losses.
-    z_a, z_b [B, D] -> scalar, the mean over all anchors. The second distribution is constant; both z_a
-    and z_b get gradient through the first. The reverse direction is soft_icl(z_b, z_a). Source: arXiv 2104.12565.
+    z_a, z_b [B, D] -> scalar, the mean over all anchors. The second distribution is constant; both
+    z_a and z_b get gradient through the first. The reverse direction is soft_icl(z_b, z_a).
+    Source: arXiv 2104.12565.
     """
     _check("soft_icl", z_a=(z_a, "B D"), z_b=(z_b, "B D"))
-    student, teacher = (log_probabilities(similarity(u, v, tau), T) for u, v in ((z_a, z_b), (z_b, z_a)))
+    student = log_probabilities(similarity(z_a, z_b, tau), T)  # [B, B]
+    teacher = log_probabilities(similarity(z_b, z_a, tau), T)  # [B, B]
     return kl(student, teacher, T).mean()
 
 
-# ---------------------------------------------------------------- all pairs at once, from one matrix product
+# ---------------------------------------------------------------- all pairs, one matrix product
 
 def batch_pairs(z, positive, excluded, tau, T):
-    """The per-anchor values of the four losses for all ordered pairs (s, t) of S embedding sets, in the batch.
+    """The four losses of each anchor, for all ordered pairs (s, t) of S embedding sets.
 
-    s is the anchor's set and, for the soft losses, the one that learns.
-    z [S, B, D], masks [B, B] -> dict: vcl [S, 1, B] (it depends on s alone), icl, soft_vcl, soft_icl [S, S, B].
+    In the batch. s is the anchor's set and, for the soft losses, the one that learns.
+    z [S, B, D], masks [B, B] -> dict: vcl [S, 1, B] (it depends on s alone), icl, soft_vcl,
+    soft_icl [S, S, B].
     """
     S, B, _ = z.shape
     rows = z.flatten(0, 1)  # [S*B, D]
-    gram = similarity(rows, rows, tau).view(S, B, S, B).transpose(1, 2)  # [S, S, B, B], block (s, t) = sim(z_s, z_t)
+    gram = similarity(rows, rows, tau).view(S, B, S, B)
+    gram = gram.transpose(1, 2)  # [S, S, B, B], block (s, t) = sim(z_s, z_t)
     hard = nce(gram, positive, excluded)  # [S, S, B]
     log_p = log_probabilities(gram, T)  # [S, S, B, B]
     within = log_p.diagonal(dim1=0, dim2=1).movedim(-1, 0)  # [S, B, B], the blocks (s, s)
@@ -220,22 +247,25 @@ def batch_pairs(z, positive, excluded, tau, T):
 
 
 def bank_pairs(z, own, positive, negatives, same_class, tau, T):
-    """As batch_pairs, with the bank's rows as contrast; they are constant, so gradient goes into z alone.
+    """As batch_pairs, with the bank's rows as contrast: constant, so gradient goes into z alone.
 
-    Row i of block (s, t) is z_s,i . [own_t,i ; positive_t,i ; negatives_t] / tau. Between two sets (ICL, Soft ICL) the
-    first two columns are positives. Within one set (VCL, Soft VCL) column `own` is cut off, and one positive stays.
-    Blocks of two stages of one student are computed too, though L-MCL does not use them: the price of one product.
+    Row i of block (s, t) is z_s,i . [own_t,i ; positive_t,i ; negatives_t] / tau. Between two sets
+    (ICL, Soft ICL) the first two columns are positives. Within one set (VCL, Soft VCL) column `own`
+    is cut off, and one positive stays. Blocks of two stages of one student are computed too, though
+    L-MCL does not use them: the price of one product.
     z, own, positive [S, B, D], negatives [S, K, D], same_class [B, K] -> dict as from batch_pairs.
     """
     S, B, _ = z.shape
     K, z = negatives.shape[1], at_least_float32(z)
     own, positive, negatives = (rows.detach().to(z.dtype) for rows in (own, positive, negatives))
-    near = similarity(z.transpose(0, 1), torch.cat([own, positive]).transpose(0, 1), tau)  # [B, S, 2*S]
+    pairs = torch.cat([own, positive])  # [2*S, B, D]
+    near = similarity(z.transpose(0, 1), pairs.transpose(0, 1), tau)  # [B, S, 2*S]
     near = near.view(B, S, 2, S).permute(1, 3, 0, 2)  # [S, S, B, 2]
     far = similarity(z.flatten(0, 1), negatives.flatten(0, 1), tau)  # [S*B, S*K]
     far = far.view(S, B, S, K).transpose(1, 2)  # [S, S, B, K]
     between = torch.cat([near, far], -1)  # [S, S, B, K+2]
-    within = between.diagonal(dim1=0, dim2=1).movedim(-1, 0)[..., 1:]  # [S, B, K+1], the blocks (s, s)
+    within = between.diagonal(dim1=0, dim2=1).movedim(-1, 0)  # [S, B, K+2], the blocks (s, s)
+    within = within[..., 1:]  # [S, B, K+1]
     first = torch.ones(1, 2, dtype=torch.bool, device=z.device)  # [1, 2], the positives
     excluded = F.pad(same_class, (2, 0))  # [B, K+2], never excludes the first two
     log_p = log_probabilities(between, T, excluded)  # [S, S, B, K+2]
@@ -247,8 +277,12 @@ def bank_pairs(z, own, positive, negatives, same_class, tau, T):
 
 
 def mcl_sums(values, valid):
-    """MCL's sums of batch means; the soft terms keep all anchors.  values: of batch_pairs, S = N; valid [B] -> dict."""
-    others = ~torch.eye(len(values["icl"]), dtype=torch.bool, device=valid.device)[..., None]  # [N, N, 1], a != b
+    """MCL's sums of batch means; the soft terms keep all anchors.
+
+    values: of batch_pairs, S = N; valid [B] -> dict of four scalars.
+    """
+    others = ~torch.eye(len(values["icl"]), dtype=torch.bool, device=valid.device)  # [N, N], a != b
+    others = others[..., None]  # [N, N, 1]
     return dict(vcl=mean_over_anchors(values["vcl"], valid).sum(),
                 soft_vcl=(values["soft_vcl"] * others).mean(-1).sum(),
                 icl=mean_over_anchors(values["icl"] * others, valid).sum(),
@@ -260,36 +294,47 @@ def lmcl_sums(values, weights, valid):
 
     values: of batch_pairs, S = N * L; weights [N, L, N, L, B], valid [B] -> dict of four scalars.
     Each ordered pair's term holds both directions, so with s = (a, l), t = (b, m)
-    sum_{s,t} lambda_st (V_s + V_t) = sum_{s,t} (lambda_st + lambda_ts) V_s, and so on for ICL, Soft VCL and Soft ICL.
-    lambda is symmetric, so this is 2 sum_{s,t} lambda_st V_s: each unordered pair once, scaled by 2.
+
+        sum_{s,t} lambda_st (V_s + V_t) = sum_{s,t} (lambda_st + lambda_ts) V_s,
+
+    and so on for ICL, Soft VCL and Soft ICL. lambda is symmetric, so this is
+    2 sum_{s,t} lambda_st V_s: each unordered pair once, scaled by 2.
     """
     N, L, _, _, B = weights.shape
-    same = torch.eye(N, dtype=torch.bool, device=weights.device)[:, None, :, None, None]  # [N, 1, N, 1, 1], a = b
+    same = torch.eye(N, dtype=torch.bool, device=weights.device)  # [N, N], a = b
+    same = same[:, None, :, None, None]  # [N, 1, N, 1, 1]
     w = weights.masked_fill(same, 0).reshape(N * L, N * L, B)  # [S, S, B]
     w = w + w.transpose(0, 1)
     total = {k: (w * v).sum((0, 1)) for k, v in values.items()}  # [B] each
-    return dict(vcl=mean_over_anchors(total["vcl"], valid), soft_vcl=total["soft_vcl"].mean(),
-                icl=mean_over_anchors(total["icl"], valid), soft_icl=total["soft_icl"].mean())
+    return dict(vcl=mean_over_anchors(total["vcl"], valid),
+                soft_vcl=total["soft_vcl"].mean(),
+                icl=mean_over_anchors(total["icl"], valid),
+                soft_icl=total["soft_icl"].mean())
 
 
 @torch.no_grad()
 def contrast_gains(values, excluded, always, valid, students):
-    """How far VCL and ICL are below chance, in nats an anchor, lambda left out; constant, for the log alone.
+    """How far VCL and ICL are below chance, in nats an anchor, lambda left out. For the log alone.
 
-    Chance, 0, is where all embeddings are equal.
+    Constant: no gradient. Chance, 0, is where all embeddings are equal.
 
         vcl_gain = mean of  log M_i - nce(z_s, z_s)_i  over sets s and anchors i,
-        icl_gain = mean of  log M_i - nce(z_s, z_t)_i  over pairs (s, t) of two students and anchors i
+        icl_gain = mean of  log M_i - nce(z_s, z_t)_i  over pairs (s, t) of two students, and i
 
-    M_i are the candidates of anchor i: the columns that `excluded` [B, M] leaves, and `always` more, (of VCL, of ICL).
-    values: of batch_pairs; valid [B]; students: N -> dict of vcl_gain and, where there are two students, icl_gain.
+    M_i are the candidates of anchor i: the columns that `excluded` [B, M] leaves, and `always`
+    more, (of VCL, of ICL).
+    values: of batch_pairs; valid [B]; students: N -> dict of vcl_gain and, where there are two
+    students, icl_gain.
     """
+    N = students
     left = (~excluded).sum(-1, dtype=values["vcl"].dtype)  # [B]
     chance = lambda more: (left + more).clamp(min=1).log()  # [B]
-    gains = dict(vcl_gain=mean_over_anchors(chance(always[0]) - values["vcl"].mean((0, 1)), valid))
-    if students > 1:
-        icl = values["icl"].unflatten(1, (students, -1)).unflatten(0, (students, -1)).mean((1, 3))  # [N, N, B]
-        between = (icl.sum((0, 1)) - icl.diagonal().sum(-1)) / (students * (students - 1))  # [B], over a != b
+    within = values["vcl"].mean((0, 1))  # [B]
+    gains = dict(vcl_gain=mean_over_anchors(chance(always[0]) - within, valid))
+    if N > 1:
+        icl = values["icl"].unflatten(1, (N, -1)).unflatten(0, (N, -1))  # [N, L, N, L, B]
+        icl = icl.mean((1, 3))  # [N, N, B]
+        between = (icl.sum((0, 1)) - icl.diagonal().sum(-1)) / (N * (N - 1))  # [B], over a != b
         gains["icl_gain"] = mean_over_anchors(chance(always[1]) - between, valid)
     return gains
 
@@ -300,62 +345,75 @@ def mcl_loss(embeddings, labels, tau=0.1, T=3.0, gains=False):
         vcl = sum_a VCL_a,   icl = sum_{a != b} ICL_{a,b},
         soft_vcl = sum_{a != b} SoftVCL_{a<-b},   soft_icl = sum_{a != b} SoftICL_{a<-b}
 
-    over ordered pairs, each once, mean over the batch. Hard losses by batch_masks: j = i is no candidate, anchors
-    without a positive are left out; soft losses have all columns and anchors.
+    over ordered pairs, each once, mean over the batch. Hard losses by batch_masks: j = i is no
+    candidate, anchors without a positive are left out; soft losses have all columns and anchors.
 
-    embeddings [N, B, D] unit rows, labels [B] int64 -> dict of four scalars; with gains, those of contrast_gains, too.
-    Raises ValueError for other shapes and dtypes, and on the CPU for other lengths. Source: arXiv 2104.12565.
+    embeddings [N, B, D] unit rows, labels [B] int64 -> dict of four scalars; with gains, those of
+    contrast_gains, too.
+    Raises ValueError for other shapes and dtypes, and on the CPU for other lengths.
+    Source: arXiv 2104.12565.
     """
     _check("mcl_loss", embeddings=(embeddings, "N B D"), labels=(labels, "B"))
-    return _terms(mcl_sums, len(embeddings), gains, *_in_batch(embeddings, labels, tau, T))
+    pairs = _in_batch(embeddings, labels, tau, T)
+    return _terms(mcl_sums, len(embeddings), gains, *pairs)
 
 
 def mcl_bank_loss(embeddings, own, positive, negatives, same_class, tau=0.07, T=3.0, gains=False):
-    """mcl_loss against a memory bank's rows instead of the batch. Gradient goes into the embeddings alone.
+    """mcl_loss against a memory bank's rows instead of the batch.
 
-    embeddings [N, B, D] unit rows. From the bank, in float16 or wider: own [N, B, D], the rows of the batch's images;
-    positive [N, B, D], rows of other images of the same classes; negatives [N, K, D]. same_class [B, K] bool: true
-    where negative k is left out for anchor i. -> dict as from mcl_loss.
-    Raises ValueError as mcl_loss. Source: arXiv 2207.11518.
+    Gradient goes into the embeddings alone.
+    embeddings [N, B, D] unit rows. From the bank, in float16 or wider: own [N, B, D], the rows of
+    the batch's images; positive [N, B, D], rows of other images of the same classes; negatives
+    [N, K, D]. same_class [B, K] bool: true where negative k is left out for anchor i.
+    -> dict as from mcl_loss. Raises ValueError as mcl_loss. Source: arXiv 2207.11518.
     """
-    _check("mcl_bank_loss", embeddings=(embeddings, "N B D"), own=(own, "N B D"), positive=(positive, "N B D"),
-           negatives=(negatives, "N K D"), same_class=(same_class, "B K"))
+    _check("mcl_bank_loss", embeddings=(embeddings, "N B D"), own=(own, "N B D"),
+           positive=(positive, "N B D"), negatives=(negatives, "N K D"),
+           same_class=(same_class, "B K"))
     pairs = _against_bank(embeddings, own, positive, negatives, same_class, tau, T)
     return _terms(mcl_sums, len(embeddings), gains, *pairs)
 
 
 def lmcl_loss(embeddings, labels, weights=None, tau=0.1, T=3.0, gains=False):
-    """L-MCL (TPAMI 2023): every stage of each student with every stage of each other. Unweighted terms:
+    """L-MCL (TPAMI 2023): every stage of each student with every stage of each other. Unweighted:
 
         sum over ordered pairs a != b and stages l, m of  mean_i lambda^{l,m}_{a,b}(x_i) * term_i,
         term = VCL_a^l + VCL_b^m,  ICL both ways,  Soft VCL both ways,  Soft ICL both ways.
 
-    Hard losses by batch_masks: j = i is no candidate, anchors without a positive are left out; soft losses have all
-    columns and anchors.
-    embeddings [N, L, B, D] unit rows, labels [B] int64, weights [N, L, N, L, B], the a = b blocks unused, None for
-    ones -> dict of four scalars; with gains, those of contrast_gains, too. lambda is symmetric; other weights are
-    taken as they are, each ordered pair with its own. Gradient goes into the embeddings and, if they require it, into
-    the weights.
-    Raises ValueError for other shapes and dtypes, and on the CPU for other lengths. Source: arXiv 2207.11518.
+    Hard losses by batch_masks: j = i is no candidate, anchors without a positive are left out; soft
+    losses have all columns and anchors.
+    embeddings [N, L, B, D] unit rows, labels [B] int64, weights [N, L, N, L, B], the a = b blocks
+    unused, None for ones -> dict of four scalars; with gains, those of contrast_gains, too. lambda
+    is symmetric; other weights are taken as they are, each ordered pair with its own. Gradient goes
+    into the embeddings and, if they require it, into the weights.
+    Raises ValueError for other shapes and dtypes, and on the CPU for other lengths.
+    Source: arXiv 2207.11518.
     """
-    _check("lmcl_loss", embeddings=(embeddings, "N L B D"), labels=(labels, "B"), weights=(weights, "N L N L B"))
+    _check("lmcl_loss", embeddings=(embeddings, "N L B D"), labels=(labels, "B"),
+           weights=(weights, "N L N L B"))
     weights = _ones(embeddings) if weights is None else weights
     sums = lambda values, valid: lmcl_sums(values, weights, valid)
-    return _terms(sums, len(embeddings), gains, *_in_batch(embeddings.flatten(0, 1), labels, tau, T))
+    pairs = _in_batch(embeddings.flatten(0, 1), labels, tau, T)
+    return _terms(sums, len(embeddings), gains, *pairs)
 
 
-def lmcl_bank_loss(embeddings, own, positive, negatives, same_class, weights=None, tau=0.07, T=3.0, gains=False):
-    """lmcl_loss against a memory bank per student and stage. Gradient goes into the embeddings and weights alone.
+def lmcl_bank_loss(embeddings, own, positive, negatives, same_class, weights=None, tau=0.07, T=3.0,
+                   gains=False):
+    """lmcl_loss against a memory bank per student and stage.
 
-    embeddings, own, positive [N, L, B, D], negatives [N, L, K, D], same_class [B, K] as in mcl_bank_loss, weights as in
-    lmcl_loss -> dict as from lmcl_loss. Raises ValueError as lmcl_loss. Source: arXiv 2207.11518.
+    Gradient goes into the embeddings and weights alone.
+    embeddings, own, positive [N, L, B, D], negatives [N, L, K, D], same_class [B, K] as in
+    mcl_bank_loss, weights as in lmcl_loss -> dict as from lmcl_loss. Raises ValueError as
+    lmcl_loss. Source: arXiv 2207.11518.
     """
-    _check("lmcl_bank_loss", embeddings=(embeddings, "N L B D"), own=(own, "N L B D"), positive=(positive, "N L B D"),
-           negatives=(negatives, "N L K D"), same_class=(same_class, "B K"), weights=(weights, "N L N L B"))
+    _check("lmcl_bank_loss", embeddings=(embeddings, "N L B D"), own=(own, "N L B D"),
+           positive=(positive, "N L B D"), negatives=(negatives, "N L K D"),
+           same_class=(same_class, "B K"), weights=(weights, "N L N L B"))
     weights = _ones(embeddings) if weights is None else weights
     sets = (t.flatten(0, 1) for t in (embeddings, own, positive, negatives))  # [S, ., D]
     sums = lambda values, valid: lmcl_sums(values, weights, valid)
-    return _terms(sums, len(embeddings), gains, *_against_bank(*sets, same_class, tau, T))
+    pairs = _against_bank(*sets, same_class, tau, T)
+    return _terms(sums, len(embeddings), gains, *pairs)
 
 
 def _terms(sums, students, gains, values, excluded, always, valid):
@@ -385,9 +443,10 @@ def _ones(embeddings):
 
 @torch.no_grad()
 def mutual_information_bound(embeddings, labels, tau=0.1):
-    """log K - mean ICL over all ordered pairs of students, in nats; K = the negatives of an anchor in the batch.
+    """log K - mean ICL over all ordered pairs of students, in nats; K: an anchor's negatives.
 
-    A lower bound of I(z_a; z_b), averaged over pairs.  embeddings [N, B, D], labels [B] -> scalar.
+    In the batch. A lower bound of I(z_a; z_b), averaged over pairs.
+    embeddings [N, B, D], labels [B] -> scalar.
     """
     _check("mutual_information_bound", embeddings=(embeddings, "N B D"), labels=(labels, "B"))
     positive, excluded = batch_masks(labels)
@@ -416,14 +475,16 @@ def distillation(student_logits, teacher_logits, T=3.0):
     student_logits, teacher_logits [..., B, C], leading dimensions broadcast -> [...].
     Source: Hinton et al. 2015, arXiv 1503.02531.
     """
-    student, teacher = (log_probabilities(at_least_float32(logits), T) for logits in (student_logits, teacher_logits))
+    student = log_probabilities(at_least_float32(student_logits), T)
+    teacher = log_probabilities(at_least_float32(teacher_logits), T)
     return kl(student, teacher, T).mean(-1)
 
 
 def mutual_distillation(logits, T=1.0):
     """sum_a of the mean over b != a of KL_T(logits_a <- logits_b), every teacher constant.
 
-    logits [N, B, C] -> scalar; 0 for one student. T = 1: deep mutual learning (Zhang et al., CVPR 2018).
+    logits [N, B, C] -> scalar; 0 for one student.
+    T = 1: deep mutual learning (Zhang et al., CVPR 2018).
     """
     N = len(logits)
     others = ~torch.eye(N, dtype=torch.bool, device=logits.device)  # [N, N], a != b
@@ -435,16 +496,20 @@ def ensemble_distillation(logits, T=3.0):
     return distillation(logits, at_least_float32(logits).mean(0, keepdim=True), T).sum()
 
 
-# ---------------------------------------------------------------- adversarial distillation of feature maps (AFD)
+# ---------------------------------------------------------------- feature maps: AFD
 
 def generator_loss(own):
-    """sum_a mean (1 - D_a(m_a))^2: student a wants its map taken for a peer's.  own [N, B] = D_a(m_a) -> scalar."""
+    """sum_a mean (1 - D_a(m_a))^2: student a wants its map taken for a peer's.
+
+    own [N, B] = D_a(m_a) -> scalar.
+    """
     return (1 - at_least_float32(own)).square().mean(-1).sum()
 
 
 def discriminator_loss(own, peer):
-    """sum_a mean [ D_a(m_a)^2 + (1 - D_a(m_{a+1}))^2 ]: least squares, target 0 for a's own map, 1 for its peer's.
+    """sum_a mean [ D_a(m_a)^2 + (1 - D_a(m_{a+1}))^2 ].
 
+    Least squares, target 0 for a's own map, 1 for its peer's.
     own, peer [N, B] -> scalar. Chung et al., ICML 2020, with the losses of LSGAN (Mao et al. 2017).
     """
     return (at_least_float32(own).square() + (1 - at_least_float32(peer)).square()).mean(-1).sum()
@@ -460,7 +525,10 @@ DTYPES = {"labels": "integers", "same_class": "booleans"}  # all other arguments
 
 
 def _check(name, **arguments):
-    """Raises ValueError for an argument (tensor, form) that has not its form. A letter's first use sets its size."""
+    """Raises ValueError for an argument (tensor, form) that has not its form.
+
+    A letter's first use sets its size.
+    """
     sizes = {}
     for key, (tensor, form) in arguments.items():
         if key == "weights" and tensor is None:
@@ -471,11 +539,15 @@ def _check(name, **arguments):
         if len(wanted) == len(shape):
             sizes = dict(zip(wanted, shape, strict=True)) | sizes
         if shape != [sizes.get(letter) for letter in wanted]:
-            known = f" = {[sizes[letter] for letter in wanted]}" if sizes.keys() >= set(wanted) else ""
-            raise ValueError(f"{name}: {key} must be [{', '.join(wanted)}]{known}, got {shape}")
-        found = "floats" if tensor.is_floating_point() else "booleans" if tensor.dtype == torch.bool else "integers"
-        if found != DTYPES.get(key, "floats"):
-            raise ValueError(f"{name}: {key} must be {DTYPES.get(key, 'floats')}, got {tensor.dtype}")
+            known = sizes.keys() >= set(wanted)
+            numbers = f" = {[sizes[letter] for letter in wanted]}" if known else ""
+            letters = ", ".join(wanted)
+            raise ValueError(f"{name}: {key} must be [{letters}]{numbers}, got {shape}")
+        found = "floats" if tensor.is_floating_point() else "integers"
+        found = "booleans" if tensor.dtype == torch.bool else found
+        dtype = DTYPES.get(key, "floats")
+        if found != dtype:
+            raise ValueError(f"{name}: {key} must be {dtype}, got {tensor.dtype}")
         if key in ("embeddings", "z", "z_a", "z_b"):
             _check_lengths(name, key, tensor)
 
@@ -486,7 +558,7 @@ def _check_positive(name, temperature):
 
 
 def _check_lengths(name, key, z):
-    """Rows are unit vectors, or zero as F.normalize leaves them. CPU only: a GPU's host would wait."""
+    """Rows are unit vectors, or zero as F.normalize leaves them. On the CPU: a GPU would wait."""
     if z.device.type != "cpu" or torch.compiler.is_compiling():
         return
     try:
@@ -496,4 +568,5 @@ def _check_lengths(name, key, z):
     lengths = (z * z).sum(-1) ** 0.5
     wrong = lengths[(abs(lengths - 1) > 0.01) & (lengths > 0)]  # NaN passes: the loss shows it
     if len(wrong):
-        raise ValueError(f"{name}: {key} must be unit vectors (F.normalize), got length {wrong[0]:.3g}")
+        raise ValueError(f"{name}: {key} must be unit vectors (F.normalize), "
+                         f"got length {wrong[0]:.3g}")

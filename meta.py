@@ -1,4 +1,4 @@
-"""Layer matching: the meta-network, its exact gradient through virtual SGD steps, and the meta step.
+"""Layer matching: the meta-network, its exact gradient through virtual SGD steps, the meta step.
 
 Yang et al., TPAMI 2023 (arXiv 2207.11518).
 
@@ -33,8 +33,9 @@ from support.second_order import FastSecondDerivatives
 
 
 class MatchingNetwork(nn.Module):
-    """lambda^{l,m}_{a,b}(x) = sigmoid(< unit(W_a^l f_a^l(x)), unit(W_b^m f_b^m(x)) >), in (0.27, 0.73).
+    """lambda^{l,m}_{a,b}(x) = sigmoid(< unit(W_a^l f_a^l(x)), unit(W_b^m f_b^m(x)) >).
 
+    In (0.27, 0.73).
     widths: d_a of each student; stages: L. Called with features, a list over students of [L, B,
     d_a]; returns lambda [N, L, N, L, B], symmetric. The a = b blocks are there and mean nothing.
     """
@@ -58,9 +59,9 @@ class MatchingNetwork(nn.Module):
 
 def hypergradient(inner_loss, outer_loss, params, meta_params, *, inner_steps, lr, momentum,
                   weight_decay, forward_mode=False, average=None):
-    """d outer_loss(theta_{Q+1}) / d phi, the total derivative through Q + 1 virtual SGD steps from params.
+    """d outer_loss(theta_{Q+1}) / d phi, the total derivative through Q + 1 virtual SGD steps.
 
-    theta_0 = params, v_0 = 0, and for k = 0 .. Q
+    From theta_0 = params, v_0 = 0, and for k = 0 .. Q
 
         v_{k+1} = mu v_k + g_k(theta_k, phi) + wd theta_k,   theta_{k+1} = theta_k - eta v_{k+1}
 
@@ -159,7 +160,7 @@ def _second_order_products(loss, theta, u, meta_params):
 
 
 def _mixed_product(loss, theta, u, meta_params):
-    """u^T dg/dphi alone: the gradient of X = d/deps loss(theta + eps u), which forward mode gives."""
+    """u^T dg/dphi alone: the gradient of X = d/deps loss(theta + eps u), given by forward mode."""
     with forward_ad.dual_level(), warnings.catch_warnings():
         # PyTorch's own forward mode uses it
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
@@ -178,9 +179,9 @@ def _grad(scalar, inputs, create_graph=False):
 class FlatVector:
     """Tensors as one vector and back. The views have the shapes and strides of `params`.
 
-    Each part starts at a multiple of ALIGNMENT numbers, with zeros in the gaps: cuDNN's fast kernels
-    want 16 bytes. Each tensor goes in and out in the order of its parameter's memory: a channels_last weight cut
-    out as NCHW would be converted again by every convolution.
+    Each part starts at a multiple of ALIGNMENT numbers, with zeros in the gaps: cuDNN's fast
+    kernels want 16 bytes. Each tensor goes in and out in the order of its parameter's memory: a
+    channels_last weight cut out as NCHW would be converted again by every convolution.
     """
 
     ALIGNMENT = 4
@@ -228,7 +229,7 @@ def _mean(tensors, params, average):
 
 
 def average_gradients(module, average):
-    """Each parameter's gradient becomes its mean over processes; average as in hypergradient or None."""
+    """Each parameter's gradient becomes its mean over processes; average as in hypergradient."""
     params = [p for p in module.parameters() if p.grad is not None]
     for p, grad in zip(params, _mean([p.grad for p in params], params, average), strict=True):
         p.grad = grad
@@ -238,8 +239,9 @@ def average_gradients(module, average):
 
 def meta_step(students, matching_network, optimizer, images, inner_loss, outer_loss, *, inner_steps,
               lr, momentum, weight_decay, average=None, moving=False, forward_mode=True):
-    """One step of the meta-network's optimizer along the exact hypergradient; nothing else keeps a trace.
+    """One step of the meta-network's optimizer along the exact hypergradient.
 
+    Nothing else keeps a trace.
     students(images) -> (features, embeddings, logits): the module whose parameters are theta;
     frozen ones stay. inner_loss(embeddings, matching) -> scalar: of the virtual steps, the
     contrastive loss. outer_loss(logits) -> scalar: of the last virtual step and of the
@@ -316,7 +318,7 @@ def buffers_in_training(module):
 
 @contextmanager
 def batch_statistics(module):
-    """Batch normalisation in training uses the batch's statistics and leaves the running ones alone."""
+    """Batch normalisation in training uses the batch's statistics, and leaves the running ones."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     tracking = [m for m in norms if m.track_running_stats]
     try:
@@ -330,7 +332,7 @@ def batch_statistics(module):
 
 @contextmanager
 def no_tf32():
-    """CUDA computes in full float32: early in training rounding takes most of the hypergradient's digits."""
+    """CUDA computes in full float32: early in training rounding takes most of the digits."""
     backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     before = [backend.fp32_precision for backend in backends]
     try:
@@ -375,7 +377,10 @@ class DerivativeTrial:
 
 
 class CalledPart:
-    """A copy of a module on random inputs, its loss as a function of one vector: parameters and inputs."""
+    """A copy of a module on random inputs, its loss a function of one vector.
+
+    The vector: parameters and inputs.
+    """
 
     def __init__(self, module, x):
         self.module = copy.deepcopy(module).train()

@@ -1,4 +1,4 @@
-"""The methods: one class each, from networks to weighted loss terms. train.py's loop runs any of them.
+"""The methods: one class each, from networks to weighted loss terms. train.py runs any of them.
 
 A method is a module. `forward` runs its students, `terms` is one batch's loss, `second` is what
 some methods do after the SGD step, `add_options` its part of the command line. METHODS names
@@ -38,7 +38,9 @@ class Outputs(NamedTuple):
 
 
 class SecondStep(NamedTuple):
-    """What a method does after every so-many-th SGD step: it trains a network that `terms` does not train.
+    """What a method does after every so-many-th SGD step.
+
+    It trains a network that `terms` does not train.
 
     name   for the progress line
     every  after each so-many-th step
@@ -62,7 +64,7 @@ class SecondStep(NamedTuple):
 
 
 class Method(nn.Module):
-    """The base of all methods: a cohort of students, and one cross-entropy for every head there is."""
+    """The base of all methods: a cohort of students, and one cross-entropy for every head."""
 
     branches = embeddings = False  # what the cohort has beside its backbones
     T = None  # the KL terms' temperature, where it is no option
@@ -70,10 +72,13 @@ class Method(nn.Module):
 
     @staticmethod
     def add_options(group):
-        """Add the method's own options to an argparse group: they arrive in args, log and folder's name."""
+        """Add the method's own options to an argparse group.
+
+        They arrive in args, in the log and in the folder's name.
+        """
 
     def __init__(self, args, num_classes, train_labels=None):
-        """args: the options. train_labels: int64 [n], for a memory bank; without them there is none.
+        """args: the options. train_labels: int64 [n], for a memory bank; without them none is made.
 
         Raises UserError where a student's parts do not fit.
         """
@@ -99,7 +104,10 @@ class Method(nn.Module):
         return Outputs(*self.students(images))
 
     def start_epoch(self, epoch):
-        """Before each epoch, a resumed one too. A number that a step reads must be a tensor, changed in place."""
+        """Before each epoch, a resumed one too.
+
+        A number that a step reads must be a tensor, changed in place.
+        """
 
     def terms(self, outputs, labels, rows):
         """One batch's loss, the sum of weight * value in {name: (weight, value)}.
@@ -119,7 +127,7 @@ class Method(nn.Module):
         """What changes from epoch to epoch, in words, for the report at the start; or nothing."""
 
     def warning(self, line):
-        """What is wrong with an epoch and what to try, for the user, or nothing. line: the log's."""
+        """What is wrong with an epoch and what to try, in words, or nothing. line: the log's."""
 
     def statistics(self):
         """The floating buffers that several processes average; not what is equal in all of them."""
@@ -130,15 +138,16 @@ class Method(nn.Module):
     def optimizers(self):
         """[--optimizer for what `terms` trains], and the second step's own if there is one."""
         args = self.args
-        sgd = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=True,
-                   fused=True)
+        sgd = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
+                   nesterov=True, fused=True)
         others = set(self.second.network.parameters()) if self.second else set()
         trained = [p for p in self.parameters() if p not in others]
         if args.no_decay_1d:
             trained = [dict(params=[p for p in trained if p.dim() > 1]),
                        dict(params=[p for p in trained if p.dim() <= 1], weight_decay=0.0)]
         if args.optimizer == "adamw":
-            ordinary = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+            ordinary = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay,
+                                         fused=True)
         else:
             ordinary = torch.optim.SGD(trained, **sgd)
         if not self.second:
@@ -164,7 +173,9 @@ class DeepSupervision(Method):
 
 
 class DML(Method):
-    """backbones alone, deep mutual learning: KL towards every other's prediction, T = 1 (CVPR 2018)"""
+    """backbones alone, deep mutual learning: KL towards every other's prediction, T = 1
+    (CVPR 2018)
+    """
 
     T = 1.0
 
@@ -227,14 +238,15 @@ class MCL(Method):
         if not args.weight_vcl + args.weight_icl:  # nobody wants it to
             return None
         return (f"contrast teaches nothing yet: vcl_gain is {line['vcl_gain']:.3f} nats; try a "
-                "larger --weight-vcl and --weight-icl, a longer --soft-ramp, or more epochs (docs/RUNNING.md)")
+                "larger --weight-vcl and --weight-icl, a longer --soft-ramp, or more epochs "
+                "(docs/RUNNING.md)")
 
     def weighted(self, values):
-        """alpha VCL + beta ICL + r gamma Soft VCL + r lam Soft ICL, as terms {name: (weight, value)}.
+        """alpha VCL + beta ICL + r gamma Soft VCL + r lam Soft ICL, as {name: (weight, value)}.
 
         values: the dict of scalars of losses.mcl_loss, lmcl_loss or their bank forms; alpha, beta,
-        gamma, lam: the --weight options; r: this epoch's share, see start_epoch. The gains get None:
-        they are logged only. Source: arXiv 2207.11518, but for r.
+        gamma, lam: the --weight options; r: this epoch's share, see start_epoch. The gains get
+        None: they are logged only. Source: arXiv 2207.11518, but for r.
         """
         weights = dict(vcl=self.args.weight_vcl, icl=self.args.weight_icl,
                        soft_vcl=self.soft_share * self.args.weight_soft_vcl,
@@ -242,7 +254,10 @@ class MCL(Method):
         return {name: (weights.get(name), value) for name, value in values.items()}
 
     def terms(self, outputs, labels, rows):
-        """sum_a CE(logits_a, y) + the four losses; --logit-kd: + sum_a KL_T(logits_a <- mean of all)."""
+        """sum_a CE(logits_a, y) + the four losses.
+
+        --logit-kd: + sum_a KL_T(logits_a <- mean of all).
+        """
         logits, args = outputs.logits, self.args
         terms = {"ce": (1, losses.cross_entropy(logits, labels))}
         if self.phase == "contrast":
@@ -252,8 +267,9 @@ class MCL(Method):
         return terms | self.monitored(outputs, labels, rows)
 
     def contrastive_terms(self, embeddings, labels, matching, rows, gains=False):
-        """The four losses as terms, of the last stage's embeddings, in the batch or against the bank's rows.
+        """The four losses as terms, of the last stage's embeddings.
 
+        In the batch, or against the bank's rows.
         embeddings [N, L, B, D], labels [B], rows: BankRows or None; gains: with those of
         losses.contrast_gains. matching: not used here, see LMCL.
         """
@@ -261,13 +277,14 @@ class MCL(Method):
         if rows:
             last = rows.last_stage()
             values = losses.mcl_bank_loss(
-                z, last.own, last.positive, last.negatives, last.same_class, args.tau, args.T, gains)
+                z, last.own, last.positive, last.negatives, last.same_class,
+                args.tau, args.T, gains)
         else:
             values = losses.mcl_loss(z, labels, args.tau, args.T, gains)
         return self.weighted(values)
 
     def monitored(self, outputs, labels, rows):
-        """What is logged and not in the loss: the mutual information's bound, where it is defined."""
+        """Logged, not in the loss: the mutual information's bound, where it is defined."""
         if rows or len(outputs.logits) < 2:
             return {}
         z = outputs.embeddings[:, -1]  # [N, B, D]
@@ -284,32 +301,38 @@ class MCL(Method):
 
 
 def add_contrast(group):
-    """The options of both contrastive methods; what is None is the recipe's, see options.RECIPES."""
+    """The options of both contrastive methods; what is None comes from options.RECIPES."""
     weight = arguments.not_negative
-    group.add_argument("--weight-vcl", type=weight, metavar="ALPHA", help="alpha, of VCL (0.1; lmcl on imagenet 0.01)")
-    group.add_argument("--weight-icl", type=weight, metavar="BETA", help="beta, of ICL (0.1; lmcl on imagenet 0.01)")
-    group.add_argument("--weight-soft-vcl", type=weight, default=1.0, metavar="GAMMA", help="gamma, of Soft VCL (1)")
-    group.add_argument("--weight-soft-icl", type=weight, default=1.0, metavar="LAM", help="lam, of Soft ICL (1)")
+    group.add_argument("--weight-vcl", type=weight, metavar="ALPHA",
+                       help="alpha, of VCL (0.1; lmcl on imagenet 0.01)")
+    group.add_argument("--weight-icl", type=weight, metavar="BETA",
+                       help="beta, of ICL (0.1; lmcl on imagenet 0.01)")
+    group.add_argument("--weight-soft-vcl", type=weight, default=1.0, metavar="GAMMA",
+                       help="gamma, of Soft VCL (1)")
+    group.add_argument("--weight-soft-icl", type=weight, default=1.0, metavar="LAM",
+                       help="lam, of Soft ICL (1)")
     group.add_argument("--tau", type=arguments.positive,
                        help="temperature of the contrastive distributions (0.1; imagenet 0.07)")
     add_temperature(group)
     group.add_argument("--contrast", choices=["batch", "bank"],
-                       help="with the other images of the batch, or with a memory bank of all training "
-                       "images' embeddings (batch; imagenet bank)")
+                       help="with the other images of the batch, or with a memory bank of all "
+                       "training images' embeddings (batch; imagenet bank)")
     group.add_argument("--negatives", type=arguments.at_least_1, default=8192, metavar="K",
                        help="bank: rows drawn for each batch (8192)")
     group.add_argument("--bank-momentum", type=arguments.fraction, default=0.5, metavar="M",
                        help="bank: share of the old row (0.5)")
     group.add_argument("--contrast-start", type=arguments.at_least_0, metavar="EPOCH",
-                       help="the first epoch, counted from 0, with the four losses and meta steps (0; bank: 1, "
-                       "its rows are written before)")
+                       help="the first epoch, counted from 0, with the four losses and meta steps "
+                       "(0; bank: 1, its rows are written before)")
     group.add_argument("--soft-ramp", type=arguments.not_negative, metavar="EPOCHS",
-                       help="gamma and lam grow to their values in so many epochs; 0: at once (0; bank: a tenth "
-                       "of --epochs, 8 at least)")
+                       help="gamma and lam grow to their values in so many epochs; 0: at once "
+                       "(0; bank: a tenth of --epochs, 8 at least)")
 
 
 class LMCL(MCL):
-    """layer-wise mutual contrastive learning: branches, aggregators, learned layer matching (TPAMI 2023)"""
+    """layer-wise mutual contrastive learning: branches, aggregators, learned layer matching
+    (TPAMI 2023)
+    """
 
     branches = True
 
@@ -317,15 +340,15 @@ class LMCL(MCL):
     def add_options(group):
         add_contrast(group)
         group.add_argument("--matching", choices=["learned", "uniform"], default="learned",
-                           help="lambda from the matching network, or 0.5 for all, without a meta step "
-                           "(learned)")
+                           help="lambda from the matching network, or 0.5 for all, without a meta "
+                           "step (learned)")
         group.add_argument("--meta-freq", type=arguments.at_least_1, metavar="STEPS",
                            help="a meta step every so many steps (50; imagenet 500)")
         group.add_argument("--meta-steps", type=arguments.at_least_1, default=2, metavar="STEPS",
                            help="virtual steps on the contrastive loss (2)")
         group.add_argument("--virtual-lambda", choices=["held", "moving"], default="held",
-                           help="in the virtual steps lambda is held, as in the ordinary step, or moves with the "
-                           "features, as published (held)")
+                           help="in the virtual steps lambda is held, as in the ordinary step, or "
+                           "moves with the features, as published (held)")
 
     def __init__(self, args, num_classes, train_labels=None):
         super().__init__(args, num_classes, train_labels)
@@ -335,19 +358,23 @@ class LMCL(MCL):
         if args.matching == "learned":
             self.matching_network = meta.MatchingNetwork(widths, stages)
             if len(args.arch) > 1:
-                self.second = SecondStep("meta step", args.meta_freq, self.matching_network, self.meta_step,
-                                         first=args.contrast_start)
+                self.second = SecondStep("meta step", args.meta_freq, self.matching_network,
+                                         self.meta_step, first=args.contrast_start)
         self.forward_mode = True
 
     def check(self):
-        """Whether the meta step can differentiate the students twice, and the first time in forward mode."""
+        """Whether the meta step can differentiate the students twice, once in forward mode."""
         if self.second:
             trial = meta.DerivativeTrial()
             self.cohort.check(self.args.image_size, trial)
             self.forward_mode = trial.forward_mode
 
     def terms(self, outputs, labels, rows):
-        """sum_{a,l} CE(logits_a^l, y) + sum_a CE(agg_a, y) + sum_{a,b} KL_T(logits_a^L <- agg_b) + L-MCL."""
+        """The whole loss; the four contrastive losses are L-MCL's.
+
+        sum_{a,l} CE(logits_a^l, y) + sum_a CE(agg_a, y) + sum_{a,b} KL_T(logits_a^L <- agg_b)
+        + L-MCL
+        """
         features, logits = outputs.features, outputs.logits
         terms = {"ce": (1, losses.cross_entropy(logits, labels))}
         aggregated = self.aggregator(features, logits)  # [N, B, C]
@@ -367,8 +394,9 @@ class LMCL(MCL):
         """As MCL's, between all stages. matching: lambda [N, L, N, L, B]."""
         args = self.args
         if rows:
-            values = losses.lmcl_bank_loss(embeddings, rows.own, rows.positive, rows.negatives, rows.same_class,
-                                           matching, args.tau, args.T, gains)
+            values = losses.lmcl_bank_loss(
+                embeddings, rows.own, rows.positive, rows.negatives, rows.same_class, matching,
+                args.tau, args.T, gains)
         else:
             values = losses.lmcl_loss(embeddings, labels, matching, args.tau, args.T, gains)
         return self.weighted(values)
@@ -391,8 +419,9 @@ class LMCL(MCL):
         meta.meta_step(
             self.students, self.matching_network, optimizer, images, inner_loss,
             outer_loss=lambda logits: losses.cross_entropy(logits, labels),
-            inner_steps=args.meta_steps, lr=lr, momentum=args.momentum, weight_decay=args.weight_decay,
-            average=average, moving=args.virtual_lambda == "moving", forward_mode=self.forward_mode)
+            inner_steps=args.meta_steps, lr=lr, momentum=args.momentum,
+            weight_decay=args.weight_decay, average=average,
+            moving=args.virtual_lambda == "moving", forward_mode=self.forward_mode)
 
 
 class AFD(Method):
@@ -401,7 +430,8 @@ class AFD(Method):
     @staticmethod
     def add_options(group):
         add_temperature(group)
-        group.add_argument("--weight-adversarial", type=arguments.not_negative, default=0.05, metavar="W",
+        group.add_argument("--weight-adversarial", type=arguments.not_negative, default=0.05,
+                           metavar="W",
                            help="of the adversarial term; at 1 it drowns the others (0.05)")
 
     def __init__(self, args, num_classes, train_labels=None):
@@ -433,7 +463,8 @@ class AFD(Method):
         return torch.optim.Adam(parameters, lr=2e-4, betas=(0.5, 0.999), fused=True)
 
     def discriminators_step(self, optimizer, lr, average, images, labels, rows, outputs):
-        """The discriminators learn to tell each student's map from the next one's, maps constant."""
+        """The discriminators learn to tell each student's map from the next one's, maps constant.
+        """
         maps = [losses.at_least_float32(m) for m in outputs.maps]
         optimizer.zero_grad()  # the students' step left some
         own = self.discriminators(maps)  # [N, B]
@@ -454,20 +485,24 @@ RESERVED = {"epoch", "step", "loss", "lr", "images_per_second", "seconds", "data
 def check_terms(method, terms):
     """Raises UserError where a method's `terms` are not what train.py's loop takes."""
     name = f"{type(method).__name__}.terms"
-    form = "{name: (weight, value)}, the weight a number or None, the value a tensor with one number"
+    form = ("{name: (weight, value)}, the weight a number or None, "
+            "the value a tensor with one number")
     if not isinstance(terms, dict) or not terms:
         raise UserError(f"{name} returns a {type(terms).__name__}: it must be a dict {form}")
     for term, pair in terms.items():
         if not isinstance(term, str) or term in RESERVED or term.endswith(("_top1", "_top5")):
-            raise UserError(f"{name}: the log has another use for {term!r}: give the term another name")
+            raise UserError(f"{name}: the log has another use for {term!r}: "
+                            "give the term another name")
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise UserError(f"{name}: {term!r} is no pair of weight and value: it must be {form}")
         weight, value = pair
-        is_number = isinstance(weight, (int, float)) or (torch.is_tensor(weight) and weight.dim() == 0)
-        if weight is not None and not is_number:
-            raise UserError(f"{name}: the weight of {term!r} is a {type(weight).__name__}: it must be {form}")
+        is_scalar = torch.is_tensor(weight) and weight.dim() == 0
+        if not (weight is None or is_scalar or isinstance(weight, (int, float))):
+            raise UserError(f"{name}: the weight of {term!r} is a {type(weight).__name__}: "
+                            f"it must be {form}")
         if not torch.is_tensor(value) or (weight is not None and value.dim()):
-            raise UserError(f"{name}: the value of {term!r} is no tensor with one number: it must be {form}")
+            raise UserError(f"{name}: the value of {term!r} is no tensor with one number: "
+                            f"it must be {form}")
     if all(weight is None for weight, _ in terms.values()):
         raise UserError(f"{name} has no weight but None, so nothing is trained")
 
@@ -478,11 +513,15 @@ def check_second(method):
     if second is None:
         return
     if not isinstance(second, SecondStep):
-        raise UserError(f"{name} is a {type(second).__name__}: it must be a methods.SecondStep, or None")
-    if not isinstance(second.network, nn.Module) or not any(True for _ in second.network.parameters()):
-        raise UserError(f"{name} has no network with parameters to train: give it one, or do without the second step")
+        raise UserError(f"{name} is a {type(second).__name__}: "
+                        "it must be a methods.SecondStep, or None")
+    network = second.network
+    if not isinstance(network, nn.Module) or not any(True for _ in network.parameters()):
+        raise UserError(f"{name} has no network with parameters to train: "
+                        "give it one, or do without the second step")
     if not isinstance(second.every, int) or second.every < 1:
-        raise UserError(f"{name} is made after every {second.every!r} steps: it must be a whole number from 1 on")
+        raise UserError(f"{name} is made after every {second.every!r} steps: "
+                        "it must be a whole number from 1 on")
 
 
 def as_logged(loss, terms):
@@ -493,6 +532,7 @@ def as_logged(loss, terms):
     logged, unweighted = {"loss": loss}, {}
     for name, (weight, value) in terms.items():
         logged[name] = value if weight is None else weight * value
-        if weight is not None and (torch.is_tensor(weight) or weight != 1):  # a tensor's value is not asked for
+        # a tensor's value is not asked for: the host would wait
+        if weight is not None and (torch.is_tensor(weight) or weight != 1):
             unweighted[f"unweighted_{name}"] = value
     return {name: value.detach() for name, value in {**logged, **unweighted}.items()}

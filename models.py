@@ -1,8 +1,8 @@
 """Students: a backbone is stages in a row, a branch is the remaining stages again.
 
-    images -> stem -> stage 1 -> stage 2 -> ... -> stage L -> tail -> pool = f^L -> classifier = logits^L
-                         |          '--> branch 2: stage 3 .. L (fresh copies), tail, pool = f^2, classifier
-                         '-------------> branch 1: stage 2 .. L (fresh copies), tail, pool = f^1, classifier
+    images -> stem -> stage 1 -> stage 2 -> ... -> stage L -> tail, pool = f^L -> classifier
+                         |          '--> branch 2: stage 3 .. L (fresh copies), tail, pool = f^2
+                         '-------------> branch 1: stage 2 .. L (fresh copies), tail, pool = f^1
 
 so that every stage's feature f^l has the same width d and a classifier of its own. The stages are
 those of support/architectures.py. `python models.py` prints every student's parameters and
@@ -164,9 +164,10 @@ class Cohort(nn.Module):
 
 
 def side_by_side(networks, x):
-    """[network(x) for each], on a GPU each on a stream of its own: one network's kernels do not fill it.
+    """[network(x) for each], on a GPU each on a stream of its own: one network does not fill it.
 
-    Autograd runs each backward pass on its forward pass's stream, and a CUDA graph takes the streams in.
+    Autograd runs each backward pass on its forward pass's stream, and a CUDA graph takes the
+    streams in.
     """
     if not x.is_cuda or len(networks) == 1:
         return [network(x) for network in networks]
@@ -208,10 +209,10 @@ def check_student(name, width, student, images, trial):
 
 
 def count_no_batches(module):
-    """Batch normalisation counts no batches in training, a launch each; files hold its number as it is now.
+    """Batch normalisation counts no batches in training, a launch each.
 
-    Momentum is set, so nothing reads the number. It stands in state dictionaries, since torchvision's
-    networks load strictly.
+    Files hold its number as it is now. Momentum is set, so nothing reads the number. It stands in
+    state dictionaries, since torchvision's networks load strictly.
     """
     for norm in module.modules():
         if getattr(norm, "num_batches_tracked", None) is None or norm.momentum is None:
@@ -228,7 +229,7 @@ def count_no_batches(module):
         norm.register_load_state_dict_pre_hook(take)
 
 
-# ---------------------------------------------------------------- what training adds to the students
+# ---------------------------------------------------------------- what training adds
 
 class EmbeddedCohort(nn.Module):
     """theta: students with branches and embedding MLPs, Linear(d_a, dim)-ReLU-Linear(dim, dim).
@@ -255,7 +256,7 @@ class EmbeddedCohort(nn.Module):
 
 
 class Aggregator(nn.Module):
-    """agg_a = sum_l g_l logits_a^l, g = softmax(Linear(L*d_a, d_a)-ReLU-Linear(d_a, L) (f_a^1 .. f_a^L)).
+    """agg_a = sum_l g_l logits_a^l, g = softmax(Linear(L*d, d)-ReLU-Linear(d, L) (f_a^1 .. f_a^L)).
 
     Called with features (list of [L, B, d_a]) and logits [N, L, B, C], returns [N, B, C].
     """
@@ -263,7 +264,8 @@ class Aggregator(nn.Module):
     def __init__(self, widths, stages):
         super().__init__()
         self.mlps = nn.ModuleList(
-            nn.Sequential(nn.Linear(stages * d, d), nn.ReLU(), nn.Linear(d, stages)) for d in widths)
+            nn.Sequential(nn.Linear(stages * d, d), nn.ReLU(), nn.Linear(d, stages))
+            for d in widths)
 
     def forward(self, features, logits):
         scores = []
@@ -297,7 +299,8 @@ class Discriminators(nn.Module):
         self.transfer, self.discriminators = nn.ModuleList(), nn.ModuleList()
         for a, m in enumerate(maps):
             if m.shape[-1] % self.size:
-                average = F.adaptive_avg_pool1d(torch.eye(m.shape[-1])[None], self.size)[0]  # [h, size]
+                eye = torch.eye(m.shape[-1])  # [h, h]
+                average = F.adaptive_avg_pool1d(eye[None], self.size)[0]  # [h, size]
                 self.register_buffer(f"average_{a}", average, persistent=False)
             layers = [conv(m.shape[1], c, 1), nn.BatchNorm2d(c), relu] if m.shape[1] != c else []
             self.transfer.append(nn.Sequential(*layers))
@@ -308,10 +311,14 @@ class Discriminators(nn.Module):
 
     def align(self, maps):
         """N maps [B, c_a, h_a, w_a] -> N maps [B, c, size, size]."""
-        return [t(self.shrink(a, m)) for a, (t, m) in enumerate(zip(self.transfer, maps, strict=True))]
+        maps = [self.shrink(a, m) for a, m in enumerate(maps)]
+        return [transfer(m) for transfer, m in zip(self.transfer, maps, strict=True)]
 
     def shrink(self, a, m):
-        """[B, c, h, h] -> [B, c, size, size], as adaptive average pooling, whose CUDA form is not deterministic."""
+        """[B, c, h, h] -> [B, c, size, size], as adaptive average pooling.
+
+        Whose CUDA form is not deterministic.
+        """
         factor, rest = divmod(m.shape[-1], self.size)
         if rest:
             average = getattr(self, f"average_{a}").to(m.dtype)  # [h, size]
@@ -353,7 +360,8 @@ class MemoryBank(nn.Module):
 
     labels: int64 [n], of all training images. Rows start random; a row's first write replaces it
     whole, later ones move it. Negatives are a function of (seed, epoch, step), partners of (seed,
-    epoch), so that resuming needs the rows alone, and which of them are written. float16: rms error of a score 2.6e-4 at tau 0.07.
+    epoch), so that resuming needs the rows alone, and which of them are written. float16: rms error
+    of a score 2.6e-4 at tau 0.07.
     """
 
     def __init__(self, labels, students, stages, dim=128, negatives=8192, momentum=0.5, seed=0):
@@ -404,7 +412,7 @@ class MemoryBank(nn.Module):
         return BankRows(index, own, positive, negatives, same_class)
 
     def sample_partners(self, epoch):
-        """int64 [n]: for each image another one of its class, equally likely; itself if it is alone."""
+        """int64 [n]: for each image another one of its class, equally likely; itself if alone."""
         share = torch.rand(len(self.size), generator=self.generator(epoch), dtype=torch.float64)
         shift = 1 + (share * (self.size - 1)).long()  # [n], 1 .. size - 1
         place = torch.arange(len(self.size)) - self.start  # [n], within the class
@@ -414,7 +422,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def update(self, index, z):
-        """rows[:, :, index] = unit(momentum * row + (1 - momentum) * z) in float32; z at the first write.
+        """rows[:, :, index] = unit(momentum * row + (1 - momentum) * z); z at the first write.
 
         index int64 [B], z [N, L, B, D].
         """
@@ -446,7 +454,8 @@ def evaluation(module):
 
 def multiply_adds(module, image_size=32):
     """Multiply-adds of convolutions and linear layers for one image, by PyTorch's counter."""
-    logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)  # "triton not found" on a CPU
+    # "triton not found" on a CPU
+    logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
     from torch.utils.flop_counter import FlopCounterMode
     with evaluation(module), FlopCounterMode(display=False) as counter:
         module(next(module.parameters()).new_zeros(1, 3, image_size, image_size))
@@ -466,8 +475,8 @@ def cost(module, image_size=32):
 
 
 if __name__ == "__main__":
-    print("student            width   backbone params   branches' params   multiply-adds: backbone   "
-          "with branches")
+    print("student            width   backbone params   branches' params   "
+          "multiply-adds: backbone   with branches")
     for name, found in ARCHITECTURES.items():
         classes, size = (1000, 224) if isinstance(found, ExistingNetwork) else (100, 32)
         with torch.device("meta"):  # shapes alone

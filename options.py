@@ -60,7 +60,8 @@ def build_parser(description, program, method):
                    "on it, the test set is looked at once, at the end (0)")
     g.add_argument("--batches", choices=["pairs", "uniform"],
                    help="pairs: two images each of B/2 classes, as in-batch contrast needs; "
-                   "uniform: any; each image once an epoch both ways (pairs; imagenet, bank: uniform)")
+                   "uniform: any; each image once an epoch both ways "
+                   "(pairs; imagenet, bank: uniform)")
 
     g = p.add_argument_group("recipe")
     g.add_argument("--epochs", type=arguments.at_least_1, help="(300; imagenet 100, mcl 90)")
@@ -81,7 +82,8 @@ def build_parser(description, program, method):
                    metavar="EPOCH", help="(30 60 90)")
     momentum = arguments.limited(float, lambda x: 0 < x < 1, "between 0 and 1: Nesterov needs it")
     g.add_argument("--momentum", type=momentum, default=0.9, help="(0.9)")
-    g.add_argument("--weight-decay", type=arguments.not_negative, help="(5e-4; imagenet 1e-4; adamw 0.05)")
+    g.add_argument("--weight-decay", type=arguments.not_negative,
+                   help="(5e-4; imagenet 1e-4; adamw 0.05)")
     g.add_argument("--no-decay-1d", action="store_true",
                    help="no weight decay of vectors: biases, and weights of normalisation")
     g.add_argument("--seed", type=arguments.seed, default=0,
@@ -175,7 +177,8 @@ def complete(args):
     contrast = getattr(args, "contrast", None)
     if contrast and args.batches is None:
         args.batches = "pairs" if contrast == "batch" else "uniform"
-    recipe = RECIPES.get(args.dataset, RECIPES["others"]) | RECIPES.get(f"{args.dataset}, {args.method}", {})
+    recipe = (RECIPES.get(args.dataset, RECIPES["others"])
+              | RECIPES.get(f"{args.dataset}, {args.method}", {}))
     recipe = recipe | OPTIMIZERS[args.optimizer]
     for option, value in recipe.items():
         if vars(args).get(option, value) is None:

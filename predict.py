@@ -1,8 +1,8 @@
 """Use what was trained: name what is on pictures, evaluate on a data set, export for use elsewhere.
 
-    python predict.py cat.jpg photos --student out/RUN/student_1_resnet32.pt      # the five likeliest classes
-    python predict.py cat.jpg --student out/RUN/best.pt             # by the mean probability of its students
-    python predict.py --student out/RUN/last.pt --dataset cifar100  # top-1 and top-5 of every student
+    python predict.py cat.jpg photos --student out/RUN/student_1_resnet32.pt  # likeliest classes
+    python predict.py cat.jpg --student out/RUN/best.pt             # by its students' mean
+    python predict.py --student out/RUN/last.pt --dataset cifar100  # top-1, top-5 of each student
     python predict.py --student FILE --export net.pt2               # torch.export, any batch size
     python predict.py --student FILE --export net.onnx              # pip install onnx onnxscript
     python predict.py --student out/RUN/best.pt --export net.pt     # a student file
@@ -11,7 +11,7 @@ FILE is a student file, last.pt or best.pt. Of several students each is exported
 net_1.pt2, net_2.pt2. An exported network takes uint8 images [B, 3, S, S] of its own size S,
 normalises them itself and returns probabilities [B, C]; it carries the names of its classes:
 
-    extra = {"classes.json": ""}                                    # needs PyTorch, not this project
+    extra = {"classes.json": ""}                                   # needs PyTorch alone
     network = torch.export.load("net.pt2", extra_files=extra).module()
     probabilities = network(images)
     classes = json.loads(extra["classes.json"])
@@ -62,8 +62,8 @@ KINDS = (".pt2", ".onnx", ".pt")
 class TrainedStudent(models.Backbone):
     """A student of a file. Called with normalised images [B, 3, H, W], returns logits [B, C].
 
-    Stays in eval mode, also inside a module that is put into training: a teacher whose batch statistics
-    moved would be another one.
+    Stays in eval mode, also inside a module that is put into training: a teacher whose batch
+    statistics moved would be another one.
     Has the file's facts as attributes: architecture, classes, mean, std, image_size, resize; see
     support.files.student_file.
     """
@@ -89,7 +89,8 @@ class TrainedStudent(models.Backbone):
         """
         pixels = image if isinstance(image, Tensor) else transforms.pil_to_tensor(to_rgb(image))
         if pixels.dtype != torch.uint8 or pixels.dim() != 3 or len(pixels) != 3:
-            raise UserError(f"an image must be uint8 [3, H, W], got {pixels.dtype} {list(pixels.shape)}")
+            raise UserError("an image must be uint8 [3, H, W], "
+                            f"got {pixels.dtype} {list(pixels.shape)}")
         if self.resize != self.image_size:  # trained on streamed images
             return CentreView(self.resize, self.image_size)(pixels)
         return transforms.pil_to_tensor(fit(transforms.to_pil_image(pixels), self.image_size))
@@ -101,7 +102,7 @@ class TrainedStudent(models.Backbone):
 
 
 class Probabilities(nn.Module):
-    """What is exported: uint8 images [B, 3, S, S] -> probabilities [B, C]; it moves to other devices."""
+    """What is exported: uint8 images [B, 3, S, S] -> probabilities [B, C]. It can change device."""
 
     def __init__(self, student):
         super().__init__()
@@ -115,28 +116,33 @@ class Probabilities(nn.Module):
 
 
 def load_student(file):
-    """The `TrainedStudent` of a student file, by its path or its content. Raises UserError for any other."""
-    content, path = (file, "the content") if isinstance(file, dict) else (read(file), file)
-    return TrainedStudent(find_student(content, path))
+    """The `TrainedStudent` of a student file, by its path or its content.
+
+    Raises UserError for any other file.
+    """
+    if isinstance(file, dict):
+        return TrainedStudent(find_student(file, "the content"))
+    return TrainedStudent(find_student(read(file), file))
 
 
 def find_student(content, path):
-    """The content of the one student file in what a file holds. Raises UserError if there is none."""
+    """The content of the one student file in what a file holds. Raises UserError without one."""
     if is_checkpoint(content):
-        raise UserError(f"{path} is no student file but a run's checkpoint: python predict.py --student "
-                        "FILE --export NEW.pt makes student files of it")
+        raise UserError(f"{path} is no student file but a run's checkpoint: "
+                        "python predict.py --student FILE --export NEW.pt makes student files "
+                        "of it")
     found, where = find_weights(content, path)
     if not is_student_file(found):
         raise UserError(f"{path} is no checkpoint of this program and no student file, but holds "
-                        f"{len(found)} tensors alone ({shorten(found, 3)}): student_*.pt of a run has the "
-                        "names of its classes, too")
+                        f"{len(found)} tensors alone ({shorten(found, 3)}): student_*.pt of a run "
+                        "has the names of its classes, too")
     if where:
         warn(f"the student file is {path}'s {where}")
     return found
 
 
 def load_contents(path, model_file=None):
-    """(contents, run_args) of a file: each of its students as a student file's content, its run's options.
+    """(contents, run_args) of a file: its students as student files' contents, its run's options.
 
     The file: a student file, which knows no options (None), or last.pt or best.pt. model_file: the
     one that defines the students; a checkpoint's own is not run. Raises UserError.
@@ -151,10 +157,12 @@ def load_contents(path, model_file=None):
         raise UserError(f"{path} is no checkpoint of train.py")
     run_args = argparse.Namespace(**state["args"])
     if run_args.model_file and not model_file:
-        raise UserError(f"{path} was trained with --model-file {run_args.model_file}: give it here, too")
+        raise UserError(f"{path} was trained with --model-file {run_args.model_file}: "
+                        "give it here, too")
     cohort, contents = models.Cohort(run_args.arch, len(state["classes"]), branches=False), []
     for a, (architecture, student) in enumerate(zip(run_args.arch, cohort.students, strict=True)):
-        prefix = f"students.{a}.backbone."  # of methods with embeddings: "students.cohort." + prefix
+        # of methods with embeddings: "students.cohort." + prefix
+        prefix = f"students.{a}.backbone."
         tensors = state["model"].items()
         own = {key.split(prefix)[1]: tensor for key, tensor in tensors if prefix in key}
         load_into(student.backbone, own, path)
@@ -166,7 +174,7 @@ def load_contents(path, model_file=None):
 
 @torch.no_grad()
 def predict(students, paths, device):
-    """The five likeliest classes of each picture, one line each; by the students' mean probability."""
+    """The five likeliest classes of each picture, one line each, by the students' mean."""
     for path, pixels in pictures(paths):
         image = students[0].transform(pixels)[None].to(device)  # [1, 3, H, W]
         each = torch.stack([student(image).softmax(-1)[0] for student in students])  # [N, C]
@@ -178,7 +186,10 @@ def predict(students, paths, device):
 
 
 def evaluate_students(students, args, run_args):
-    """Top-1 and top-5 of every student on --dataset's test images. run_args: the run's, where known."""
+    """Top-1 and top-5 of every student on --dataset's test images.
+
+    run_args: the run's, where known.
+    """
     first = students[0]
     same_data = run_args and run_args.dataset == args.dataset
     data_dir = args.data_dir or (run_args.data_dir if same_data else "data")
@@ -195,15 +206,17 @@ def evaluate_students(students, args, run_args):
 
 
 def export(contents, path):
-    """Each student by itself as path, or path_1, path_2 where there are several; the ending says how."""
+    """Each student by itself as path, or path_1, path_2 of several; the ending says how."""
     path = Path(os.path.expanduser(path))
     make_folder(path.parent, "the folder of --export")
     for a, content in enumerate(contents, start=1):
         own = path.with_stem(f"{path.stem}_{a}") if len(contents) > 1 else path
         write(own, as_bytes(content, path.suffix))
-        size = content["image_size"]
-        use = "student file" if path.suffix == ".pt" else f"uint8 [B, 3, {size}, {size}] -> probabilities"
-        say(f"student {a}  {content['architecture']}: {own}, {use}, {len(content['classes'])} classes")
+        size, classes = content["image_size"], len(content["classes"])
+        use = f"uint8 [B, 3, {size}, {size}] -> probabilities"
+        if path.suffix == ".pt":
+            use = "student file"
+        say(f"student {a}  {content['architecture']}: {own}, {use}, {classes} classes")
 
 
 def as_bytes(content, suffix):
@@ -240,20 +253,26 @@ def build_parser():
                    help="a student file, last.pt or best.pt of train.py")
     p.add_argument("--export", type=arguments.name("a file's name"), metavar="FILE",
                    help="write the network to FILE.pt2, FILE.onnx or FILE.pt")
-    p.add_argument("--dataset", choices=data.DATASETS, help="evaluate on this data set's test images")
+    p.add_argument("--dataset", choices=data.DATASETS,
+                   help="evaluate on this data set's test images")
     p.add_argument("--data-dir", metavar="DIR", help="its folder (a checkpoint's own, or data)")
     p.add_argument("--validation-fraction", type=arguments.fraction, default=0.0, metavar="F",
                    help="of the run, for a student file and a folder without test images (0)")
     p.add_argument("--seed", type=arguments.seed, default=0, help="of the run, likewise (0)")
     p.add_argument("--workers", type=arguments.at_least_0, default=arguments.WORKERS,
                    help="processes that read streamed images (4)")
-    p.add_argument("--model-file", metavar="FILE", help="the Python file that defines the student, if it is your own")
-    p.add_argument("--device", default="auto", help="cpu, cuda or cuda:1; auto: CUDA if it is there (auto)")
+    p.add_argument("--model-file", metavar="FILE",
+                   help="the Python file that defines the student, if it is your own")
+    p.add_argument("--device", default="auto",
+                   help="cpu, cuda or cuda:1; auto: CUDA if it is there (auto)")
     return p
 
 
 def main(argv=None):
-    """Run the command line; what the user can mend ends in one line and status 1 (2 for a wrong flag)."""
+    """Run the command line; what the user can mend ends in one line and status 1.
+
+    A wrong flag: status 2.
+    """
     p = build_parser()
     args = p.parse_args(argv)
     if not (args.images or args.dataset or args.export):

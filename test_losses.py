@@ -32,12 +32,14 @@ def unit(*shape, dtype=torch.float64, seed=0):
 
 
 def symmetric_weights(N, L, B, seed=0):
-    w = torch.rand(N, L, N, L, B, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    w = torch.rand(N, L, N, L, B, generator=torch.Generator().manual_seed(seed),
+                   dtype=torch.float64)
     return (w + w.permute(2, 3, 0, 1, 4)) / 2
 
 
 def bank(*sets, B=6, K=10, D=5, dtype=torch.float64):
-    """own, positive, negatives: rows of the bank for embedding sets of shape `sets`, [N] or [N, L]."""
+    """own, positive, negatives: rows of the bank for embedding sets of shape `sets`,
+    [N] or [N, L]."""
     return [unit(*sets, rows, D, dtype=dtype, seed=rows + i) for i, rows in enumerate((B, B, K))]
 
 
@@ -45,10 +47,10 @@ def total(r):
     return 0.1 * r["vcl"] + r["soft_vcl"] + 0.3 * r["icl"] + 0.7 * r["soft_icl"]
 
 
-# ---------------------------------------------------------------- the oracle: one pair, one anchor at a time
+# ------------------------------------------------------- the oracle: one pair, one anchor at a time
 #
-# columns(s, t, i) of anchor i of set s against set t: scores [M], the positives' indices, the hard losses'
-# candidates.
+# columns(s, t, i) of anchor i of set s against set t: scores [M], the positives' indices,
+# the hard losses' candidates.
 
 def batch_columns(z, y, tau):
     def columns(s, t, i):
@@ -83,7 +85,8 @@ def naive_mean(values, weights):
 
 
 def naive_terms(columns, s, t, w, T):
-    """One direction of the pair: VCL_s, ICL_{s,t}, Soft VCL_{s<-t}, Soft ICL_{s<-t}, weighted by w[i]."""
+    """One direction of the pair: VCL_s, ICL_{s,t}, Soft VCL_{s<-t}, Soft ICL_{s<-t},
+    weighted by w[i]."""
     values = dict(vcl=[], icl=[], soft_vcl=[], soft_icl=[])
     for i in range(len(w)):
         ss, st, ts, tt = columns(s, s, i), columns(s, t, i), columns(t, s, i), columns(t, t, i)
@@ -130,10 +133,14 @@ def test_batch_losses_equal_naive_loops(labels):
     y = torch.tensor(labels)
     for N, L, tau, T in ((2, 2, 0.1, 3.0), (3, 1, 0.07, 4.0)):
         z, w = unit(N, L, 8, 5).requires_grad_(), symmetric_weights(N, L, 8)
-        for weights in (w, w + torch.rand(N, L, N, L, 8, generator=torch.Generator().manual_seed(1))):  # or not symmetric
+        for weights in (
+                w,
+                # or not symmetric
+                w + torch.rand(N, L, N, L, 8, generator=torch.Generator().manual_seed(1))):
             naive = naive_lmcl(batch_columns(z, labels, tau), weights, T)
             assert_same(losses.lmcl_loss(z, y, weights, tau, T), naive, z)
-    z, pairs, tau, T = unit(3, 8, 5).requires_grad_(), list(itertools.permutations(range(3), 2)), 0.1, 3.0
+    z, pairs, tau, T = (
+        unit(3, 8, 5).requires_grad_(), list(itertools.permutations(range(3), 2)), 0.1, 3.0)
     naive = naive_mcl(batch_columns(z, labels, tau), 3, 8, T)
     assert_same(losses.mcl_loss(z, y, tau, T), naive, z)
     assert_same(dict(vcl=sum(losses.vcl(x, y, tau) for x in z),
@@ -155,7 +162,8 @@ def test_bank_losses_equal_naive_loops(same_class):
 
 
 def test_identical_features_give_log_of_the_number_of_others():
-    """All B embeddings equal: every candidate is as likely, nce = log(B - 1); SupContrast's known answer."""
+    """All B embeddings equal: every candidate is as likely, nce = log(B - 1);
+    SupContrast's known answer."""
     z, y = torch.ones(2, 1, 8, 4, dtype=torch.float64) / 2, torch.tensor(LABELS["pairs"])
     r = {k: v.item() for k, v in losses.mcl_loss(z[:, 0], y).items()}
     hard = 2 * math.log(7)
@@ -163,7 +171,8 @@ def test_identical_features_give_log_of_the_number_of_others():
 
 
 def naive_gains(columns, sets):
-    """Mean over anchors with a positive of log(candidates) - nce, within sets and between those of two students."""
+    """Mean over anchors with a positive of log(candidates) - nce,
+    within sets and between those of two students."""
     def gain(pairs):
         scored = [columns(s, t, i) for s, t in pairs for i in range(6)]
         found = [(naive_nce(*anchor), len(anchor[2])) for anchor in scored]
@@ -175,22 +184,31 @@ def naive_gains(columns, sets):
 
 
 def test_gains_equal_naive_loops():
-    """And leave the four losses as they are. One student has no icl_gain; equal embeddings gain nothing."""
-    y, w, same_class = torch.tensor([0, 0, 0, 1, 1, 2]), symmetric_weights(3, 2, 6), SAME_CLASS["some"]
-    z, rows, sets = unit(3, 2, 6, 5).requires_grad_(), bank(3, 2), list(itertools.product(range(3), range(2)))
+    """And leave the four losses as they are.
+
+    One student has no icl_gain; equal embeddings gain nothing.
+    """
+    y, w, same_class = (
+        torch.tensor([0, 0, 0, 1, 1, 2]), symmetric_weights(3, 2, 6), SAME_CLASS["some"])
+    z, rows, sets = (
+        unit(3, 2, 6, 5).requires_grad_(), bank(3, 2), list(itertools.product(range(3), range(2))))
     last = [t[:, -1] for t in (z, *rows)]
     for loss, arguments, columns, of in (
             (losses.lmcl_loss, (z, y, w, 0.3), batch_columns(z, y, 0.3), sets),
-            (losses.lmcl_bank_loss, (z, *rows, same_class, w, 0.3), bank_columns(z, *rows, same_class, 0.3), sets),
+            (losses.lmcl_bank_loss, (z, *rows, same_class, w, 0.3),
+             bank_columns(z, *rows, same_class, 0.3), sets),
             (losses.mcl_loss, (last[0], y, 0.3), batch_columns(z, y, 0.3), sets[1::2]),
-            (losses.mcl_bank_loss, (*last, same_class, 0.3), bank_columns(z, *rows, same_class, 0.3), sets[1::2])):
+            (losses.mcl_bank_loss, (*last, same_class, 0.3),
+             bank_columns(z, *rows, same_class, 0.3), sets[1::2])):
         plain, ours = loss(*arguments), loss(*arguments, gains=True)
         gains = {name: ours.pop(name) for name in ("vcl_gain", "icl_gain")}
         assert ours.keys() == plain.keys() and all(torch.equal(ours[k], plain[k]) for k in plain)
         assert not any(gain.requires_grad for gain in gains.values())
         expected = {name: value.item() for name, value in naive_gains(columns, of).items()}
-        assert {name: gain.item() for name, gain in gains.items()} == pytest.approx(expected, rel=1e-12)
-    assert losses.lmcl_loss(z[:1], y, w[:1, :, :1], gains=True).keys() == plain.keys() | {"vcl_gain"}
+        assert {name: gain.item() for name, gain in gains.items()} == pytest.approx(
+            expected, rel=1e-12)
+    assert (losses.lmcl_loss(z[:1], y, w[:1, :, :1], gains=True).keys()
+            == plain.keys() | {"vcl_gain"})
     equal = torch.ones(2, 2, 6, 4, dtype=torch.float64) / 2
     for found in (losses.lmcl_loss(equal, y, gains=True), losses.lmcl_bank_loss(
             equal, equal, equal, equal[:, :, [0] * 10], same_class, gains=True)):
@@ -203,7 +221,8 @@ def in_batch(z, w):
 
 
 def against_bank(z, w):
-    return losses.lmcl_bank_loss(z, *bank(2, 2, dtype=torch.float16), SAME_CLASS["some"], w, tau=0.5)
+    return losses.lmcl_bank_loss(
+        z, *bank(2, 2, dtype=torch.float16), SAME_CLASS["some"], w, tau=0.5)
 
 
 @pytest.mark.parametrize("loss", [in_batch, against_bank])
@@ -215,10 +234,13 @@ def test_weights_none_means_ones_and_a_b_blocks_are_ignored(loss):
 
 
 @pytest.mark.parametrize("labels, log_K", [
-    ("pairs", math.log(6)), ("one class", 0), ("no positive", 0)])  # without negatives or positives: 0
+    ("pairs", math.log(6)),
+    ("one class", 0), ("no positive", 0),  # without negatives or positives: 0
+])
 def test_mutual_information_bound(labels, log_K):
     z, y = unit(3, 8, 5), torch.tensor(LABELS[labels])
-    icl = sum(losses.icl(z[a], z[b], y, tau=0.3) for a, b in itertools.permutations(range(3), 2)) / 6
+    icl = sum(losses.icl(z[a], z[b], y, tau=0.3)
+              for a, b in itertools.permutations(range(3), 2)) / 6
     bound = losses.mutual_information_bound(z, y, tau=0.3)
     assert bound.item() == pytest.approx(log_K - icl.item(), rel=1e-12)
     assert losses.mutual_information_bound(z[:1], y).isfinite()
@@ -238,17 +260,21 @@ def test_distillation_and_cross_entropy():
 def test_adversarial_losses_by_hand():
     own, peer = torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     assert losses.generator_loss(own).item() == pytest.approx((1 + 0) / 2 + (0.25 + 0.25) / 2)
-    assert losses.discriminator_loss(own, peer).item() == pytest.approx((0 + 1) / 2 + 0.25 + 0.5 + 0.5)
+    assert losses.discriminator_loss(own, peer).item() == pytest.approx(
+        (0 + 1) / 2 + 0.25 + 0.5 + 0.5)
 
 
 # ---------------------------------------------------------------- derivatives
 
 @pytest.mark.parametrize("loss", [
-    *(lambda z, w, y=y: losses.lmcl_loss(z, torch.tensor(y[:6]), w, tau=0.5) for y in LABELS.values()),
-    against_bank, lambda z, w: losses.lmcl_bank_loss(z, *bank(2, 2), SAME_CLASS["all"], w, tau=0.5)],
+    *(lambda z, w, y=y: losses.lmcl_loss(z, torch.tensor(y[:6]), w, tau=0.5)
+      for y in LABELS.values()),
+    against_bank,
+    lambda z, w: losses.lmcl_bank_loss(z, *bank(2, 2), SAME_CLASS["all"], w, tau=0.5)],
     ids=[*LABELS, "bank", "bank, all left out"])
 def test_gradcheck_of_hard_terms_and_second_derivatives(loss):
-    """The hard terms have no constant side, so finite differences must agree, twice: for the meta step.
+    """The hard terms have no constant side, so finite differences must agree, twice:
+    for the meta step.
 
     Nor have the soft terms one for the weights.
     """
@@ -275,13 +301,16 @@ def test_q_and_bank_rows_are_constant():
     assert z.grad.abs().sum() > 0 and all(t.grad is None for t in rows)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own forward mode uses it
+# PyTorch's own forward mode uses it
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("loss", [
     lambda x: losses.distillation(x, x.flip(1).sin()).sum(),
     lambda x: total(in_batch(F.normalize(x, dim=-1), None)),
-    lambda x: total(against_bank(F.normalize(x, dim=-1), None))], ids=["distillation", "in batch", "bank"])
+    lambda x: total(against_bank(F.normalize(x, dim=-1), None))],
+    ids=["distillation", "in batch", "bank"])
 def test_soft_targets_are_constant_for_the_gradient_and_move_for_its_derivative(loss):
-    """The gradient field's derivative against finite differences of that field; forward mode gives it too."""
+    """The gradient field's derivative against finite differences of that field;
+    forward mode gives it too."""
     x, u = unit(2, 2, 6, 5).requires_grad_(), unit(2, 2, 6, 5, seed=8)
     field = lambda x: torch.autograd.grad(loss(x), x, create_graph=True)[0]
     ours, = torch.autograd.grad((field(x) * u).sum(), x)
@@ -301,10 +330,12 @@ def assert_as_in_float32(loss, z):
     """float32 values, exactly those of z.float(), and its gradient, rounded to z's precision."""
     wide = z.detach().float().requires_grad_()
     r, wider = loss(z), loss(wide)
-    assert all(v.dtype == torch.float32 and torch.equal(v, wider[k]) and v.isfinite() for k, v in r.items())
+    assert all(v.dtype == torch.float32 and torch.equal(v, wider[k]) and v.isfinite()
+               for k, v in r.items())
     total(r).backward()
     total(wider).backward()
-    assert z.grad.dtype == z.dtype and (z.grad.float() - wide.grad).norm() <= 0.005 * wide.grad.norm()
+    assert (z.grad.dtype == z.dtype
+            and (z.grad.float() - wide.grad).norm() <= 0.005 * wide.grad.norm())
     return r
 
 
@@ -365,8 +396,12 @@ class Operations(TorchDispatchMode):
     ids=["in batch", "bank"])
 @pytest.mark.parametrize("N", [2, 4])
 def test_operations_forward_and_backward(loss, rows, most, N):
-    """The number is the same for any number of students: launches bound this loss on a GPU. No host waits."""
-    z, rows, w = unit(N, 3, 16, 8, dtype=torch.float32).requires_grad_(), rows(N), torch.rand(N, 3, N, 3, 16)
+    """The number is the same for any number of students: launches bound this loss on a GPU.
+
+    No host waits.
+    """
+    z, rows, w = (unit(N, 3, 16, 8, dtype=torch.float32).requires_grad_(), rows(N),
+                  torch.rand(N, 3, N, 3, 16))
     total(loss(z, *rows, w)).backward()
     with Operations() as operations:
         total(loss(z, *rows, w)).backward()
@@ -375,8 +410,10 @@ def test_operations_forward_and_backward(loss, rows, most, N):
 
 
 def test_bank_keeps_few_full_size_tensors():
-    """Backward keeps four [S, S, B, K+2]: candidates' scores, log p, the constants of the two soft losses."""
-    z, rows, kept = unit(2, 2, 4, 5, dtype=torch.float32).requires_grad_(), bank(2, 2, B=4, K=500), {}
+    """Backward keeps four [S, S, B, K+2]: candidates' scores, log p,
+    the constants of the two soft losses."""
+    z, rows, kept = (unit(2, 2, 4, 5, dtype=torch.float32).requires_grad_(),
+                     bank(2, 2, B=4, K=500), {})
 
     def note(t):
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
@@ -405,8 +442,10 @@ def test_bank_keeps_few_full_size_tensors():
     (lambda z, y, w: losses.mcl_loss(z[:, 0].tolist(), y), "embeddings must be a tensor, got list"),
     (lambda z, y, w: losses.lmcl_loss(z, y.tolist(), w), "labels must be a tensor, got list"),
     (lambda z, y, w: losses.lmcl_loss(z, y, w.tolist()), "weights must be a tensor, got list"),
-    (lambda z, y, w: losses.lmcl_loss(z, y.double(), w), "labels must be integers, got torch.float64"),
-    (lambda z, y, w: losses.lmcl_loss(z.long(), y, w), "embeddings must be floats, got torch.int64"),
+    (lambda z, y, w: losses.lmcl_loss(z, y.double(), w),
+     "labels must be integers, got torch.float64"),
+    (lambda z, y, w: losses.lmcl_loss(z.long(), y, w),
+     "embeddings must be floats, got torch.int64"),
     (lambda z, y, w: losses.lmcl_loss(1.1 * z, y, w), "lmcl_loss: embeddings must be unit vectors"),
     (lambda z, y, w: losses.soft_vcl(z[0, 0], 0.9 * z[1, 0]),
      "z_b must be unit vectors (F.normalize), got length 0.9"),
@@ -425,11 +464,14 @@ def test_wrong_arguments_are_named(call, words):
     ("embeddings", unit(2, 6, 5), "embeddings must be [N, L, B, D], got [2, 6, 5]"),
     ("embeddings", 2 * unit(2, 3, 6, 5), "embeddings must be unit vectors"),
     ("own", bank(3)[0], "own must be [N, L, B, D] = [2, 3, 6, 5], got [3, 6, 5]"),
-    ("positive", bank(2, 3, B=4)[1], "positive must be [N, L, B, D] = [2, 3, 6, 5], got [2, 3, 4, 5]"),
-    ("negatives", bank(2, 3, D=4)[2], "negatives must be [N, L, K, D] = [2, 3, 10, 5], got [2, 3, 10, 4]"),
+    ("positive", bank(2, 3, B=4)[1],
+     "positive must be [N, L, B, D] = [2, 3, 6, 5], got [2, 3, 4, 5]"),
+    ("negatives", bank(2, 3, D=4)[2],
+     "negatives must be [N, L, K, D] = [2, 3, 10, 5], got [2, 3, 10, 4]"),
     ("same_class", SAME_CLASS["all"][:, 1:], "same_class must be [B, K] = [6, 10], got [6, 9]"),
     ("same_class", SAME_CLASS["all"].long(), "same_class must be booleans, got torch.int64"),
-    ("weights", symmetric_weights(2, 3, 6)[:1], "weights must be [N, L, N, L, B] = [2, 3, 2, 3, 6], got [1,"),
+    ("weights", symmetric_weights(2, 3, 6)[:1],
+     "weights must be [N, L, N, L, B] = [2, 3, 2, 3, 6], got [1,"),
 ])
 def test_wrong_bank_arguments_are_named(name, wrong, words):
     right = dict(zip(("embeddings", "own", "positive", "negatives", "same_class"),
@@ -446,7 +488,10 @@ def test_wrong_bank_arguments_are_named(name, wrong, words):
 
 
 def test_two_views_of_each_image():
-    """icl is for two students: its positives are other images. vcl's docstring call is the two-view loss."""
+    """icl is for two students: its positives are other images.
+
+    vcl's docstring call is the two-view loss.
+    """
     one, two, B = unit(8, 5), unit(8, 5, seed=1), 8
     assert losses.icl(one, two, torch.arange(B)) == 0
     both = torch.cat([one, two])
@@ -465,7 +510,8 @@ def test_torch_compile_and_torch_func():
     mine, true = (torch.autograd.grad(total(r), z)[0] for r in (ours, plain))
     assert torch.equal(mine, true)
 
-    soft = lambda x: losses.soft_vcl(F.normalize(x, dim=-1), F.normalize(x.flip(0) + x ** 2, dim=-1))
+    soft = lambda x: losses.soft_vcl(
+        F.normalize(x, dim=-1), F.normalize(x.flip(0) + x ** 2, dim=-1))
     x = unit(3, 6, 4)
     each = torch.stack([soft(one) for one in x])
     assert torch.allclose(torch.func.vmap(soft)(x), each, rtol=1e-12)
@@ -474,7 +520,8 @@ def test_torch_compile_and_torch_func():
 
 
 def test_lengths_are_checked_only_where_data_are_at_hand():
-    """Not inside torch.func or FakeTensor; zero rows (of F.normalize) and NaN (the loss shows it) pass."""
+    """Not inside torch.func or FakeTensor;
+    zero rows (of F.normalize) and NaN (the loss shows it) pass."""
     y, long = torch.tensor(LABELS["pairs"]), 2 * unit(2, 8, 5)
     assert torch.func.grad(lambda z: total(losses.mcl_loss(z, y)))(long).isfinite().all()
     with FakeTensorMode() as mode:

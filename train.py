@@ -1,12 +1,13 @@
-"""Train N students together by layer-wise mutual contrastive learning (L-MCL), or by one of its baselines.
+r"""Train N students together by layer-wise mutual contrastive learning (L-MCL), or by a baseline.
 
-    python train.py --dataset synthetic --synthetic-images 400 --arch resnet8 --epochs 60 --batch-size 32 --lr 0.05
-    python train.py --arch resnet32 --num-nets 2                       # CIFAR-100, the published recipe
-    python train.py --arch resnet56 wrn_40_2                           # two different students
-    python train.py --arch resnet32 --method independent               # the published baseline
-    python train.py --dataset folder --data-dir my_images              # my_images/{train,test}/CLASS/*
-    torchrun --nproc-per-node 8 train.py --dataset imagenet --data-dir imagenet --arch resnet50    # eight GPUs
-    python train.py --arch resnet32 --resume                           # go on after an interruption
+    python train.py --dataset synthetic --synthetic-images 400 --arch resnet8 --epochs 60 \
+        --batch-size 32 --lr 0.05                             # a first try, in two minutes
+    python train.py --arch resnet32 --num-nets 2              # CIFAR-100, the published recipe
+    python train.py --arch resnet56 wrn_40_2                  # two different students
+    python train.py --arch resnet32 --method independent      # the published baseline
+    python train.py --dataset folder --data-dir my_images     # my_images/{train,test}/CLASS/*
+    torchrun --nproc-per-node 8 train.py --dataset imagenet --data-dir imagenet --arch resnet50
+    python train.py --arch resnet32 --resume                  # go on after an interruption
 
 predict.py uses, evaluates and exports what was trained. The method is that of Yang et al., TPAMI
 2023 (arXiv 2207.11518). SIGINT, SIGTERM, SIGHUP and SIGUSR1 end a run after the present step,
@@ -39,7 +40,7 @@ from support.run import OutDir, Run, fill_gradients, own_code
 # ---------------------------------------------------------------- the algorithm
 
 def train(args, dataset, method, run):
-    """The ordinary step on every batch, the second step on every n-th, evaluation after every epoch."""
+    """The ordinary step on every batch, the second step on every n-th, evaluation every epoch."""
     ordinary_step, second_step = make_steps(args, dataset, method, run)
     for epoch in run.epochs():
         run.set_lr(learning_rate(args, epoch))
@@ -79,7 +80,7 @@ def train_step(args, method, run, images, labels, rows):
 
 
 def make_steps(args, dataset, method, run):
-    """The ordinary and the second step as functions of a batch, captured and replayed with --cuda-graph."""
+    """The ordinary and the second step as functions of a batch; --cuda-graph captures them."""
     def second_step(*batch):
         method.second.step(run.optimizers[1], run.lr, run.processes.average, *batch)
 
@@ -92,7 +93,8 @@ def make_steps(args, dataset, method, run):
     phase = lambda: method.phase
     captured_second = CUDAGraphs(second_step, phase)
     if dropout and method.second and method.second.step == getattr(method, "meta_step", None):
-        say("warning    --cuda-graph cannot draw a student's dropout masks again in the meta step: it stays as it is")
+        say("warning    --cuda-graph cannot draw a student's dropout masks again in the meta step: "
+            "it stays as it is")
         captured_second = second_step
     if hasattr(dataset, "take"):  # the augmentation of images in memory
         dataset.take = CUDAGraphs(dataset.take)
@@ -100,7 +102,10 @@ def make_steps(args, dataset, method, run):
 
 
 def learning_rate(args, epoch, share=0.0):
-    """By the epoch, counted from 0. share: of it that is done, for the first --warmup epochs, linear."""
+    """By the epoch, counted from 0; linear in the first --warmup epochs.
+
+    share: of the epoch that is done, for the warm-up.
+    """
     warm = min(1, (epoch + share) / args.warmup) if args.warmup else 1
     if args.schedule == "cosine":
         done = max(0, epoch - args.warmup)
@@ -180,13 +185,13 @@ def say_epoch(line, scores):
 
 def load_data(args):
     """The data set of the options, on the CPU. Raises UserError."""
-    return data.load(args.dataset, args.data_dir, args.image_size, stream=args.stream, augment=args.augment,
-                     validation_fraction=args.validation_fraction, seed=args.seed, workers=args.workers,
-                     synthetic_images=args.synthetic_images)
+    return data.load(args.dataset, args.data_dir, args.image_size, stream=args.stream,
+                     augment=args.augment, validation_fraction=args.validation_fraction,
+                     seed=args.seed, workers=args.workers, synthetic_images=args.synthetic_images)
 
 
 def build(args, dataset, resumed=False):
-    """The method's networks on the device, drawn from the seed: every method gets the same backbones.
+    """The method's networks on the device, drawn from the seed: all methods get the same backbones.
 
     resumed: the weights will come from a checkpoint, so the files of --weights are not wanted.
     """
@@ -201,7 +206,10 @@ def build(args, dataset, resumed=False):
 
 @torch.no_grad()
 def formula(args, method):
-    """The loss in words, from the terms of two black images. Raises UserError for wrong ones, or a wrong `second`."""
+    """The loss in words, from the terms of two black images.
+
+    Raises UserError for wrong ones, or a wrong `second`.
+    """
     images = torch.zeros(2, 3, args.image_size, args.image_size, device=args.device)
     labels = torch.zeros(2, dtype=torch.int64, device=args.device)
     rows = method.bank.sample(labels, 0, 0) if method.bank else None
@@ -220,9 +228,12 @@ def report(args, dataset, method, run, loss_in_words):
     """What will be trained, on what, by which loss, for how long."""
     size, students = args.image_size, method.cohort.students
     for a, (name, student) in enumerate(zip(args.arch, students, strict=True), start=1):
-        (own, adds), (whole, all_adds) = models.cost(student.backbone, size), models.cost(student, size)
-        branches = f"; with branches {whole:,}, {all_adds / 1e6:.1f}M" if len(student.branches) else ""
-        say(f"student {a}  {name}: {own:,} parameters, {adds / 1e6:.1f}M multiply-adds{branches}")
+        own, adds = models.cost(student.backbone, size)
+        words = f"{own:,} parameters, {adds / 1e6:.1f}M multiply-adds"
+        if len(student.branches):
+            whole, adds = models.cost(student, size)
+            words += f"; with branches {whole:,}, {adds / 1e6:.1f}M"
+        say(f"student {a}  {name}: {words}")
     held = len(dataset.validation_labels)
     split = f"{len(dataset.train_labels):,} training" + (f", {held:,} validation" if held else "")
     say(f"data       {dataset.name}: {split} and {len(dataset.test_labels):,} test images, "
@@ -239,15 +250,17 @@ def report(args, dataset, method, run, loss_in_words):
     drops = f", drops at {args.milestones}" if args.schedule == "multistep" else ""
     drops += f", {args.optimizer}" if args.optimizer != "sgd" else ""
     drops += f", {args.warmup} epochs of warm-up" if args.warmup else ""
-    say(f"steps      {args.epochs} epochs of {run.steps_per_epoch} steps of {args.batch_size} = {total:,}"
-        f"{end}; {args.schedule} schedule{drops}")
+    say(f"steps      {args.epochs} epochs of {run.steps_per_epoch} steps of {args.batch_size} = "
+        f"{total:,}{end}; {args.schedule} schedule{drops}")
     for name, student in dict(zip(args.arch, students, strict=True)).items():
         stem, last = models.map_sizes(student.backbone, size)
         if last <= 2:
-            say(f"warning    {name}: of {size}x{size} pixels its stem leaves {stem}x{stem} and its last stage "
-                f"{last}x{last}; a larger --image-size, or a student for small images, may serve better")
+            say(f"warning    {name}: of {size}x{size} pixels its stem leaves {stem}x{stem} and its "
+                f"last stage {last}x{last}; a larger --image-size, or a student for small images, "
+                "may serve better")
     if len(students) == 1 and method.mutual:
-        say(f"warning    one student has no peers: what {args.method} adds to cross-entropy is 0, or its own")
+        say(f"warning    one student has no peers: what {args.method} adds to cross-entropy is 0, "
+            "or its own")
     second, end = method.second, min(total, args.max_steps or total)
     if second and max(second.every, second.first * run.steps_per_epoch + 1) > end:
         say(f"warning    too few steps: no {second.name} will be made")
@@ -255,7 +268,10 @@ def report(args, dataset, method, run, loss_in_words):
 
 
 def main(argv=None):
-    """Run the command line; what the user can mend ends in one line and status 1 (2 for a wrong flag)."""
+    """Run the command line; what the user can mend ends in one line and status 1.
+
+    A wrong flag: status 2.
+    """
     args = options.parse(__doc__, argv)
     with one_line_errors("train.py", args):
         processes = Processes()
@@ -265,8 +281,8 @@ def main(argv=None):
         torch.backends.cudnn.benchmark = not args.deterministic  # images have one size
         check_graphs(args, processes)
         if args.batch_size % (2 * processes.size):
-            raise UserError(f"--batch-size {args.batch_size} must be a multiple of {2 * processes.size}: pairs of "
-                            f"images for {processes.size} processes")
+            raise UserError(f"--batch-size {args.batch_size} must be a multiple of "
+                            f"{2 * processes.size}: pairs of images for {processes.size} processes")
         out = OutDir(args.out_dir)
         found = out.find_checkpoint(args, processes)
         if processes.rank == 0:
@@ -299,7 +315,8 @@ def start(args, out, found, dataset, method, loss_in_words, processes, signals):
     with run.saving():
         train(args, dataset, method, run)
     if run.is_main:
-        for a, (name, student) in enumerate(zip(args.arch, method.cohort.students, strict=True), start=1):
+        students = zip(args.arch, method.cohort.students, strict=True)
+        for a, (name, student) in enumerate(students, start=1):
             content = student_file(student.backbone, name, run.metadata)
             write(out / f"student_{a}_{name}.pt", torch_bytes(content))
     first = shlex.quote(f"{out}/student_1_{args.arch[0]}.pt")

@@ -302,8 +302,8 @@ class ExistingNetwork:
         modules = dict(network.named_modules())
         for name in itertools.chain(*self.sections):
             if name not in modules:
-                raise UserError(f"{type(network).__name__} has no module {name!r}, which its layout "
-                                "names")
+                raise UserError(f"{type(network).__name__} has no module {name!r}, "
+                                "which its layout names")
         named = tuple(self.prefixes.values())
         for key in network.state_dict():
             if not key.startswith(named):
@@ -371,11 +371,13 @@ def make_parts(architecture, branch, num_classes):
 
 # ---------------------------------------------------------------- torchvision's networks
 
-# Swin's maps are [B, h, w, c]: a stage gets and gives [B, c, h, w], by the network's own permutations
+# Swin's maps are [B, h, w, c]: a stage gets and gives [B, c, h, w],
+# by the network's own permutations
 SWIN = ("features.0 permute | features.0.1 features.1 permute | "
         "features.0.1 features.2-3 permute | features.0.1 features.4-5 permute | "
         "features.0.1 features.6-7 permute | features.0.1 norm permute | head")
-MBCONV = "features.0-1 | features.2 | features.3 | features.4-5 | features.6-7 | features.8 | classifier"
+MBCONV = ("features.0-1 | features.2 | features.3 | features.4-5 | features.6-7 | "
+          "features.8 | classifier")
 LAYOUTS = {  # pattern of names: stages at strides 4, 8, 16, 32, and pooling
     r"mobilenet_v2": ("features.0-1 | features.2-3 | features.4-6 | features.7-13 | features.14-17 "
                       "| features.18 | classifier", ""),
@@ -407,7 +409,10 @@ class EmptyOnMeta(TorchFunctionMode):
 
 
 def build_torchvision(name, num_classes):
-    """torchvision's network, drawn. RegNet computes its widths by tensors, also on the meta device."""
+    """torchvision's network, drawn.
+
+    RegNet computes its widths by tensors, also on the meta device.
+    """
     build = functools.partial(torchvision.models.get_model, name, num_classes=num_classes)
     if name.startswith("regnet") and torch.empty(0).is_meta:
         with torch.device("cpu"), EmptyOnMeta():

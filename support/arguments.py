@@ -7,7 +7,8 @@ import re
 import sys
 
 # Where and how far a run goes, not what it computes: --resume lets these differ, the default
-# --out-dir leaves them out, compare.py pools over them. detect.py and older logs have the last line.
+# --out-dir leaves them out, compare.py pools over them.
+# detect.py and older logs have the last line.
 WHERE = {"device", "data_dir", "out_dir", "max_steps", "save_every", "resume", "cuda_graph",
          "workers", "tensorboard", "model_file", "num_nets",
          "evaluate", "predict", "checkpoint", "benchmark"}

@@ -20,13 +20,16 @@ class NotCaptured(Exception):
 
 
 class CUDAGraphs:
-    """A function of tensors, or of tuples and lists of them, captured for each batch size and each phase().
+    """A function of tensors, or of tuples and lists of them,
+    captured for each batch size and each phase().
 
-    For each of these three calls run eagerly: libraries choose algorithms, optimizers make buffers. The fourth is captured; it and all later ones replay the same kernels on the
-    same memory. So what changes from call to call is an input, or a tensor changed in place, as
-    Run.lr is. Memory made outside must not be freed while graphs use it. Outputs are good until the
-    next call, of whatever size: graphs share their memory, and each writes before it reads. A
-    function that cannot be captured stays eager, with a warning.
+    For each of these three calls run eagerly: libraries choose algorithms, optimizers make buffers.
+    The fourth is captured; it and all later ones replay the same kernels on the same memory.
+    So what changes from call to call is an input, or a tensor changed in place, as Run.lr is.
+    Memory made outside must not be freed while graphs use it.
+    Outputs are good until the next call, of whatever size: graphs share their memory,
+    and each writes before it reads.
+    A function that cannot be captured stays eager, with a warning.
     """
 
     WARM_UP = 3
@@ -40,7 +43,8 @@ class CUDAGraphs:
         tensors, form = tree_flatten(inputs)  # None, where there is no bank, is among them
         kind = len(tensors[0]), self.phase()
         self.calls[kind] = self.calls.get(kind, 0) + 1
-        if self.is_eager or self.calls[kind] <= self.WARM_UP:  # on the capturing stream, which autograd stays on
+        # on the capturing stream, which autograd stays on
+        if self.is_eager or self.calls[kind] <= self.WARM_UP:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 outputs = self.function(*inputs)
@@ -52,7 +56,8 @@ class CUDAGraphs:
                 self.graphs[kind] = (own, *self._capture(tree_unflatten(own, form)))
             except NotCaptured as error:
                 name = getattr(self.function, "__name__", None) or self.function.func.__name__
-                warn(f"warning    --cuda-graph cannot capture {name.strip('_')} ({error}): it stays as it is")
+                warn(f"warning    --cuda-graph cannot capture {name.strip('_')} ({error}): "
+                     "it stays as it is")
                 self.is_eager = True
                 return self(*inputs)
         own, graph, outputs = self.graphs[kind]

@@ -104,10 +104,10 @@ def read(path):
         kind = found[1] if found else "TorchScript" if "TorchScript" in str(error) else None
         if not kind:
             raise UserError(f"{path} is no file of weights, or damaged") from error
-        raise UserError(f"{path} holds objects of {kind}, and code of a file is not run. Where you "
-                        "trust it, x = torch.load(FILE, weights_only=False) has what it holds: save "
-                        "the weights alone, torch.save(x['model'], NEW) if that is their name, or "
-                        "torch.save(x.state_dict(), NEW) of a module") from error
+        raise UserError(f"{path} holds objects of {kind}, and code of a file is not run. "
+                        "Where you trust it, x = torch.load(FILE, weights_only=False) has what "
+                        "it holds: save the weights alone, torch.save(x['model'], NEW) if that "
+                        "is their name, or torch.save(x.state_dict(), NEW) of a module") from error
 
 
 def save_checkpoint(path, state, keep=None):
@@ -200,8 +200,8 @@ def find_weights(content, path):
     if len(found) == 1:
         return *found.values(), *found
     if found:
-        raise UserError(f"{path} holds several dictionaries of tensors ({shorten(found)}): save the "
-                        "one that is meant in a file of its own, by torch.save")
+        raise UserError(f"{path} holds several dictionaries of tensors ({shorten(found)}): "
+                        "save the one that is meant in a file of its own, by torch.save")
     kind = type(content).__name__
     inside = f" of {shorten(content)}" if isinstance(content, dict) and content else ""
     raise UserError(f"{path} holds no dictionary of tensors, but a {kind}{inside}: give a student "
@@ -209,7 +209,8 @@ def find_weights(content, path):
 
 
 def search(content, where=""):
-    """(where, x) for each student file and each dictionary of tensors, in dictionaries of any depth."""
+    """(where, x) for each student file and each dictionary of tensors,
+    in dictionaries of any depth."""
     if not isinstance(content, dict):
         return
     if is_student_file(content) or content and all(map(torch.is_tensor, content.values())):

@@ -55,7 +55,8 @@ def naming(path):
 
 
 def opened(path, use):
-    """use(image) of a file that Pillow opens; where it refuses the metadata, of the file without."""
+    """use(image) of a file that Pillow opens;
+    where it refuses the metadata, of the file without."""
     try:
         with Image.open(path) as image:  # reads the header only
             return use(image)

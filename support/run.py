@@ -157,7 +157,8 @@ class Run:
     # ------------------------------------------------ steps
 
     def epochs(self):
-        """The epochs that are left, until --epochs or --max-steps are done; one begun before comes first."""
+        """The epochs that are left, until --epochs or --max-steps are done;
+        one begun before comes first."""
         while self.step or not self.is_over:
             self.start_epoch()
             yield self.epoch
@@ -173,7 +174,8 @@ class Run:
         self.logged_lr = lr
         self.lr = self.lr.fill_(lr) if torch.is_tensor(self.lr) else lr
         for optimizer in self.optimizers:
-            if isinstance(optimizer, (torch.optim.SGD, torch.optim.AdamW)):  # afd's Adam has its own
+            # afd's Adam has its own
+            if isinstance(optimizer, (torch.optim.SGD, torch.optim.AdamW)):
                 for group in optimizer.param_groups:
                     group["lr"] = self.lr
 
@@ -294,8 +296,9 @@ class Run:
             left = min(left, steps * self.images_per_epoch / self.steps_per_epoch)
         left = int(left / speed)
         clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-        show_line(f"{epoch}  {clock} left  step {self.step}/{self.steps_per_epoch}  loss "  # narrow terminals cut
-                  f"{self.means()['loss']:.3f}  {speed:.0f} images/s  {doing}")
+        # narrow terminals cut
+        show_line(f"{epoch}  {clock} left  step {self.step}/{self.steps_per_epoch}  "
+                  f"loss {self.means()['loss']:.3f}  {speed:.0f} images/s  {doing}")
 
     def begin(self, found):
         """Go on from a checkpoint's state if there is one (it is emptied), and write the log."""
@@ -383,7 +386,8 @@ class Run:
         return state | {name: getattr(self, name) for name in self.PROGRESS}
 
     def save(self):
-        """Write best.pt, if a better epoch came, and last.pt, which leaves the one before as previous.pt.
+        """Write best.pt, if a better epoch came,
+        and last.pt, which leaves the one before as previous.pt.
 
         best.pt comes first: a run killed in between redoes the epoch. Every process calls.
         """
@@ -407,8 +411,8 @@ class Run:
             raise UserError(f"{path} was made on training images of other names or another number: "
                             "give the same --data-dir, or another --out-dir")
         if "code" in state and state["code"] != self.metadata.get("code"):
-            raise UserError(f"the file of your own method or students has changed since {path} was made: give back "
-                            "what it was, or another --out-dir")
+            raise UserError("the file of your own method or students has changed since "
+                            f"{path} was made: give back what it was, or another --out-dir")
         load_into(self.model, state["model"], path)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -462,7 +466,8 @@ def fill_gradients(optimizer):
 
 
 def own_code(model_file, method):
-    """SHA-256, 16 digits, of the files that hold a user's own method and --model-file; None without any."""
+    """SHA-256, 16 digits, of the files that hold a user's own method and --model-file;
+    None without any."""
     modules = {c.__module__: sys.modules.get(c.__module__) for c in type(method).__mro__}
     texts = []
     for name, module in sorted(modules.items()):

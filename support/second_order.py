@@ -1,23 +1,27 @@
-"""Second derivatives of convolution and batch normalisation in a few operations. Needs torch alone; copy it as it is.
+"""Second derivatives of convolution and batch normalisation in a few operations.
 
-    with FastSecondDerivatives():                        # the forward pass and the first backward pass
+Needs torch alone; copy it as it is.
+
+    with FastSecondDerivatives():               # the forward pass and the first backward pass
         gradient, = torch.autograd.grad(loss(theta), [theta], create_graph=True)
-    torch.autograd.grad(gradient @ u, [theta])           # the second backward pass uses the formulas below
+    torch.autograd.grad(gradient @ u, [theta])  # the second one uses the formulas below
 
-Values and derivatives are PyTorch's up to rounding: leaving the mode out changes speed and memory only, but for the
-two functions at the end of the next paragraph. PyTorch differentiates the backward pass of batch normalisation by
-dozens of operations on the feature map, and that of a convolution's weight by a convolution whose kernel is as large as
-the map. Here the same takes seven operations on the map, and four ordinary convolutions.
+Values and derivatives are PyTorch's up to rounding: leaving the mode out changes speed and memory
+only, but for the two functions at the end of the next paragraph. PyTorch differentiates the
+backward pass of batch normalisation by dozens of operations on the feature map, and that of a
+convolution's weight by a convolution whose kernel is as large as the map. Here the same takes seven
+operations on the map, and four ordinary convolutions.
 
-Covered: nn.Conv2d on a batch with padding given in numbers; nn.BatchNorm with weight and bias that normalises by the
-batch's statistics and tracks none (running_mean is None or track_running_stats is False). Forward mode (jvp) too.
-PyTorch has no second derivative of F.hardsigmoid, which MobileNetV3 uses, and that of F.normalize is NaN for vectors of
-zeros, which Swin v2 has as keys [B, heads, n, d] of padded positions: here both have one, F.normalize in four dimensions.
-All else stays PyTorch's: padding by name, single images, evaluation mode, running statistics, no weight or bias.
-Third derivatives raise a RuntimeError. Not for use under autocast.
+Covered: nn.Conv2d on a batch with padding given in numbers; nn.BatchNorm with weight and bias that
+normalises by the batch's statistics and tracks none (running_mean is None or track_running_stats is
+False). Forward mode (jvp) too. PyTorch has no second derivative of F.hardsigmoid, which MobileNetV3
+uses, and that of F.normalize is NaN for vectors of zeros, which Swin v2 has as keys
+[B, heads, n, d] of padded positions: here both have one, F.normalize in four dimensions.
+All else stays PyTorch's: padding by name, single images, evaluation mode, running statistics, no
+weight or bias. Third derivatives raise a RuntimeError. Not for use under autocast.
 
-Derivation. The backward pass of y = f(x, w) gives gx, gw from g = dL/dy. Let hx, hw be the gradients that arrive for
-gx, gw, and T the derivative of f in the direction (hx, hw). Then
+Derivation. The backward pass of y = f(x, w) gives gx, gw from g = dL/dy. Let hx, hw be the
+gradients that arrive for gx, gw, and T the derivative of f in the direction (hx, hw). Then
 
     X = <hx, gx> + <hw, gw> = <g, T>,
 
@@ -32,12 +36,15 @@ from torch.overrides import TorchFunctionMode
 
 
 class FastSecondDerivatives(TorchFunctionMode):
-    """Inside `with FastSecondDerivatives():` the calls that the module's docstring names use the functions below."""
+    """Inside `with FastSecondDerivatives():` the functions below stand in for PyTorch's.
+
+    Which calls: the module's docstring names them.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        numeric_padding = func is F.conv2d and len(args) == 7 and isinstance(args[4], tuple)  # nn.Conv2d's call
-        if numeric_padding and args[0].dim() == 4:
+        of_module = func is F.conv2d and len(args) == 7  # nn.Conv2d's call
+        if of_module and isinstance(args[4], tuple) and args[0].dim() == 4:  # numeric padding
             x, w, bias, *geometry = args
             y = Convolution.apply(x, w, *geometry)
             return y if bias is None else y + bias[:, None, None]
@@ -52,7 +59,10 @@ class FastSecondDerivatives(TorchFunctionMode):
 
 
 class Refuse(torch.autograd.Function):
-    """Its outputs are its inputs after the first, which needs a gradient; a backward pass raises RuntimeError."""
+    """Its outputs are its inputs after the first, which needs a gradient.
+
+    A backward pass raises RuntimeError.
+    """
 
     @staticmethod
     def forward(ctx, reason, *tensors):
@@ -60,7 +70,8 @@ class Refuse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError("FastSecondDerivatives has no third derivatives: leave the mode out for them")
+        raise RuntimeError("FastSecondDerivatives has no third derivatives: "
+                           "leave the mode out for them")
 
 
 def no_third_derivatives(backward):
@@ -75,7 +86,8 @@ def no_third_derivatives(backward):
         needing = [t for t in (*arriving, *ctx.saved_tensors) if t is not None and t.requires_grad]
         if torch.is_grad_enabled() and needing:  # create_graph=True
             found = [i for i, t in enumerate(results) if t is not None]
-            for i, t in zip(found, Refuse.apply(needing[0], *(results[i] for i in found)), strict=True):
+            refusing = Refuse.apply(needing[0], *(results[i] for i in found))
+            for i, t in zip(found, refusing, strict=True):
                 results[i] = t
         return tuple(results)
 
@@ -105,11 +117,16 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        return *ConvolutionGradient.apply(g, *ctx.saved_tensors, ctx.needs_input_grad[0], *ctx.geometry), *[None] * 4
+        want_gx = ctx.needs_input_grad[0]
+        gradients = ConvolutionGradient.apply(g, *ctx.saved_tensors, want_gx, *ctx.geometry)
+        return *gradients, *[None] * 4
 
 
 class ConvolutionGradient(torch.autograd.Function):
-    """gx, gw from g. T = conv(hx, w) + conv(x, hw); dX/dx = gx of (g, hw), dX/dw = gw of (g, hx)."""
+    """gx, gw from g.
+
+    T = conv(hx, w) + conv(x, hw);  dX/dx = gx of (g, hw),  dX/dw = gw of (g, hx).
+    """
 
     @staticmethod
     def forward(ctx, g, x, w, want_gx, *geometry):
@@ -134,12 +151,16 @@ class ConvolutionGradient(torch.autograd.Function):
 
 
 def _convolution_gradients(g, x, w, want_gx, want_gw, stride, padding, dilation, groups):
-    return torch.ops.aten.convolution_backward(g, x, w, None, stride, padding, dilation, False, [0, 0], groups,
-                                               [want_gx, want_gw, False])[:2]
+    return torch.ops.aten.convolution_backward(
+        g, x, w, None, stride, padding, dilation, False, [0, 0], groups,
+        [want_gx, want_gw, False])[:2]
 
 
 class BatchNorm(torch.autograd.Function):
-    """w x^ + b with x^ = (x - mean) r, r = 1 / sqrt(var + eps), over all axes of x but the second; w, b: [channels]."""
+    """w x^ + b with x^ = (x - mean) r, r = 1 / sqrt(var + eps).
+
+    Over all axes of x but the second; w, b: [channels].
+    """
 
     @staticmethod
     def forward(ctx, x, w, b, eps):
@@ -153,7 +174,8 @@ class BatchNorm(torch.autograd.Function):
     def jvp(ctx, dx, dw, db, _):
         x, w, mean, r = ctx.saved_tensors
         along_x, _, _ = _batch_norm_gradients(dx, x, w, mean, r, [True, False, False])  # w r P dx
-        return along_x.add_(torch.native_batch_norm(x, dw, db, None, None, True, 0.0, ctx.eps)[0])  # + dw x^ + db
+        along_wb, _, _ = torch.native_batch_norm(x, dw, db, None, None, True, 0.0, ctx.eps)
+        return along_x.add_(along_wb)  # + dw x^ + db
 
     @staticmethod
     def backward(ctx, g):
@@ -161,13 +183,17 @@ class BatchNorm(torch.autograd.Function):
 
 
 class BatchNormGradient(torch.autograd.Function):
-    """gx, gw, gb from g. M values a channel; the projection P t = t - mean(t) - x^ mean(t x^) is its own adjoint:
+    """gx, gw, gb from g.
+
+    M values a channel; the projection P t = t - mean(t) - x^ mean(t x^) is its own adjoint:
 
     gx = w r P g,  gw = sum(g x^),  gb = sum(g);    T = w r P hx + hw x^ + hb.
-    X = w r S + hw gw + hb gb with S = <hx, P g> = q - (s gb + p gw) / M,  q = sum(hx g),  s = sum(hx), p = sum(hx x^).
+    X = w r S + hw gw + hb gb  with  S = <hx, P g> = q - (s gb + p gw) / M,
+        q = sum(hx g),  s = sum(hx),  p = sum(hx x^).
     Through x^ and through r, which pass a gradient on as r P(.) and as -r^2 x^ / M:
 
-    dX/dx = r P(e) - w S r^2 x^ / M,    e = dX/dx^ = beta g - alpha hx,  alpha = w r gw / M,  beta = hw - w r p / M.
+    dX/dx = r P(e) - w S r^2 x^ / M,    e = dX/dx^ = beta g - alpha hx,
+        alpha = w r gw / M,  beta = hw - w r p / M.
     """
 
     @staticmethod
@@ -183,7 +209,8 @@ class BatchNormGradient(torch.autograd.Function):
         M, each = x.numel() / len(w), (-1, *[1] * (x.dim() - 2))  # each: one value a channel
         T, p, s = _batch_norm_gradients(hx, x, w, mean, r)
         zeros, ones = torch.zeros_like(r), torch.ones_like(r)
-        _, q, _ = _batch_norm_gradients(hx, g, w, zeros, ones, [False, True, False])  # q = sum(hx g)
+        # q = sum(hx g)
+        _, q, _ = _batch_norm_gradients(hx, g, w, zeros, ones, [False, True, False])
         wr, hr = w * r, hw * r
         T.addcmul_(x, hr.view(each)).add_(torch.addcmul(hb, hr, mean, value=-1).view(each))
 
@@ -201,4 +228,5 @@ class BatchNormGradient(torch.autograd.Function):
 
 def _batch_norm_gradients(g, x, w, mean, r, wanted=(True, True, True)):
     """w r P g, sum(g x^), sum(g)."""
-    return torch.ops.aten.native_batch_norm_backward(g, x, w, None, None, mean, r, True, 0.0, wanted)
+    return torch.ops.aten.native_batch_norm_backward(
+        g, x, w, None, None, mean, r, True, 0.0, wanted)

@@ -1,4 +1,5 @@
-"""What several test files share: a small data set, runs of train.py here or in forks, comparison of what runs leave."""
+"""What several test files share:
+a small data set, runs of train.py here or in forks, comparison of what runs leave."""
 
 import itertools
 import json
@@ -26,7 +27,8 @@ torch.set_num_threads(1)  # small tensors: a second thread would mostly be waite
 
 
 class Small:
-    """Two stages of one convolution: what most tests train, since they look at the program and not at the student."""
+    """Two stages of one convolution:
+    what most tests train, since they look at the program and not at the student."""
 
     stages = 2
 
@@ -52,38 +54,44 @@ class Small:
 
 Run.SECONDS_BETWEEN_SAVES = -1  # each epoch is saved, as where epochs are long
 def little_mobilenet_v3(num_classes):
-    rows = [(8, 8, True, "RE", 2), (8, 12, False, "RE", 2), (12, 12, False, "RE", 1), (12, 16, True, "HS", 2),
-            *[(16, 16, True, "HS", 1)] * 2, (16, 20, True, "HS", 1), (20, 20, True, "HS", 1), (20, 24, True, "HS", 2),
-            *[(24, 24, True, "HS", 1)] * 2]
+    rows = [(8, 8, True, "RE", 2),
+            (8, 12, False, "RE", 2), (12, 12, False, "RE", 1),
+            (12, 16, True, "HS", 2), *[(16, 16, True, "HS", 1)] * 2,
+            (16, 20, True, "HS", 1), (20, 20, True, "HS", 1),
+            (20, 24, True, "HS", 2), *[(24, 24, True, "HS", 1)] * 2]
     blocks = [mobilenetv3.InvertedResidualConfig(a, 3, 2 * a, b, se, act, stride, 1, 1.0)
               for a, b, se, act, stride in rows]
     return mobilenetv3.MobileNetV3(blocks, 32, num_classes)
 
 
 def little_efficientnet(num_classes):
-    rows = [(1, 1, 8, 8, 1), (2, 2, 8, 12, 1), (2, 2, 12, 12, 2), (2, 2, 12, 16, 1), (2, 1, 16, 20, 2), (2, 2, 20, 24, 2),
-            (2, 1, 24, 28, 1)]
-    blocks = [efficientnet.MBConvConfig(expand, 3, stride, a, b, n) for expand, stride, a, b, n in rows]
+    rows = [(1, 1, 8, 8, 1), (2, 2, 8, 12, 1), (2, 2, 12, 12, 2), (2, 2, 12, 16, 1),
+            (2, 1, 16, 20, 2), (2, 2, 20, 24, 2), (2, 1, 24, 28, 1)]
+    blocks = [efficientnet.MBConvConfig(expand, 3, stride, a, b, n)
+              for expand, stride, a, b, n in rows]
     return efficientnet.EfficientNet(blocks, 0.2, 0.2, num_classes)
 
 
 def little_regnet(num_classes):
-    return regnet.RegNet(regnet.BlockParams([1, 1, 2, 2], [8, 16, 24, 32], [8] * 4, [1.0] * 4, [2] * 4, 0.25),
-                         num_classes)
+    return regnet.RegNet(
+        regnet.BlockParams([1, 1, 2, 2], [8, 16, 24, 32], [8] * 4, [1.0] * 4, [2] * 4, 0.25),
+        num_classes)
 
 
 def little_convnext(num_classes):
-    blocks = [convnext.CNBlockConfig(*row) for row in ((8, 16, 1), (16, 24, 1), (24, 32, 2), (32, None, 2))]
+    blocks = [convnext.CNBlockConfig(*row)
+              for row in ((8, 16, 1), (16, 24, 1), (24, 32, 2), (32, None, 2))]
     return convnext.ConvNeXt(blocks, 0.2, num_classes=num_classes)
 
 
 def little_swin(num_classes, **version):
-    return swin.SwinTransformer([4, 4], 8, [2, 2, 1, 1], [1, 2, 2, 4], [2, 2], stochastic_depth_prob=0.2,
-                                num_classes=num_classes, **version)
+    return swin.SwinTransformer([4, 4], 8, [2, 2, 1, 1], [1, 2, 2, 4], [2, 2],
+                                stochastic_depth_prob=0.2, num_classes=num_classes, **version)
 
 
 def little_swin_v2(num_classes):
-    return little_swin(num_classes, block=swin.SwinTransformerBlockV2, downsample_layer=swin.PatchMergingV2)
+    return little_swin(num_classes, block=swin.SwinTransformerBlockV2,
+                       downsample_layer=swin.PatchMergingV2)
 
 
 # a small network of each family: torchvision's own classes, cut as the real ones
@@ -92,7 +100,8 @@ LITTLE = {
     "mobilenet_v3_small": little_mobilenet_v3, "efficientnet_.*": little_efficientnet,
     "mnasnet.*": lambda num_classes: mnasnet.MNASNet(0.1, num_classes), "regnet_.*": little_regnet,
     "convnext_.*": little_convnext, "swin_.*": little_swin, "swin_v2": little_swin_v2}
-FAMILIES = {f"little_{re.sub(r'_?[.][*]', '', pattern)}": build for pattern, build in LITTLE.items()}
+FAMILIES = {f"little_{re.sub(r'_?[.][*]', '', pattern)}": build
+            for pattern, build in LITTLE.items()}
 for (name, build), pattern in zip(FAMILIES.items(), LITTLE, strict=True):
     layout, pool = LAYOUTS.get(pattern, LAYOUTS["swin_.*"])
     ARCHITECTURES[name] = ExistingNetwork(build, layout, blocks="fewest", pool=pool)
@@ -101,8 +110,10 @@ TIMES = ("seconds", "images_per_second", "data_seconds")
 
 
 def pytest_configure(config):
-    """What torchvision, pycocotools and torch.load warn of is not ours to mend. Tests send SIGINT, which a shell's `&`
-    ignores."""
+    """What torchvision, pycocotools and torch.load warn of is not ours to mend.
+
+    Tests send SIGINT, which a shell's `&` ignores.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torchvision|pycocotools")
     config.addinivalue_line("filterwarnings", "ignore:Detected pickle protocol 118")
@@ -125,11 +136,13 @@ def images(tmp_path_factory):
 
 
 def flags(images, out, epochs, *more):
-    """3 steps an epoch, lmcl's meta step at every fourth, `Small` students unless `more` has --arch."""
+    """3 steps an epoch, lmcl's meta step at every fourth,
+    `Small` students unless `more` has --arch."""
     arch = [] if "--arch" in more else ["--arch", "small"]
     meta = [] if "--method" in more and "lmcl" not in more else ["--meta-freq", "4"]
-    return ["--dataset", "folder", "--data-dir", str(images), "--image-size", "16", "--batch-size", "18",
-            "--device", "cpu", "--epochs", str(epochs), "--out-dir", str(out), *arch, *meta, *map(str, more)]
+    return ["--dataset", "folder", "--data-dir", str(images), "--image-size", "16",
+            "--batch-size", "18", "--device", "cpu", "--epochs", str(epochs),
+            "--out-dir", str(out), *arch, *meta, *map(str, more)]
 
 
 @pytest.fixture
@@ -149,9 +162,11 @@ def read_log(out):
 
 
 def bits(x):
-    """x, less the times in it, with every tensor as type, shape, strides and bytes: == is then bit for bit."""
+    """x, less the times in it, with every tensor as type, shape, strides and bytes:
+    == is then bit for bit."""
     if torch.is_tensor(x):
-        return x.dtype, x.shape, x.stride(), x.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return (x.dtype, x.shape, x.stride(),
+                x.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     if isinstance(x, dict):
         return {k: bits(v) for k, v in x.items() if k not in (*TIMES, "command", "args")}
     if isinstance(x, (list, tuple)):
@@ -161,27 +176,32 @@ def bits(x):
 
 def results(out):
     """Every file of an --out-dir by name, such that equal runs have equal ones."""
-    return {p.name: bits(torch.load(p, weights_only=True)) if p.suffix == ".pt"
-            else bits([json.loads(line) for line in p.read_text().splitlines()]) if p.suffix == ".jsonl"
-            else p.read_bytes() for p in Path(out).iterdir() if p.name != ".lock" and not p.name.endswith(".tmp")}
+    return {
+        p.name: bits(torch.load(p, weights_only=True)) if p.suffix == ".pt"
+        else bits([json.loads(line) for line in p.read_text().splitlines()]) if p.suffix == ".jsonl"
+        else p.read_bytes()
+        for p in Path(out).iterdir() if p.name != ".lock" and not p.name.endswith(".tmp")}
 
 
 def assert_same(a, b):
-    """Two --out-dirs hold the same files, bit for bit, less the times; previous.pt depends on when a run was saved."""
+    """Two --out-dirs hold the same files, bit for bit, less the times;
+    previous.pt depends on when a run was saved."""
     a, b = results(a), results(b)
     assert {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)} <= {"previous.pt"}
 
 
 @pytest.fixture
 def fails(run, capsys):
-    """Run train.py, which is to end by this exit status and one line with all these words, and to leave nothing."""
+    """Run train.py, which is to end by this exit status and one line with all these words,
+    and to leave nothing."""
     def fails(flags, *words, status=1):
         before = set(Path().rglob("*"))
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             run(*flags)
         lines = capsys.readouterr().err.splitlines()
-        assert end.value.code == status and len(lines) == 1 and lines[0].startswith("train.py: error: "), lines
+        assert (end.value.code == status and len(lines) == 1
+                and lines[0].startswith("train.py: error: ")), lines
         assert [w for w in words if w not in lines[0]] == [], lines
         left = {p for p in set(Path().rglob("*")) - before if p.name != ".lock"}
         assert left <= {Path("out")} and not os.path.exists("out/last.pt")
@@ -198,7 +218,10 @@ def free_port():
 
 
 def fork(size, function, folder):
-    """function(rank) in `size` processes that find each other as torchrun's do. Returns the process numbers."""
+    """function(rank) in `size` processes that find each other as torchrun's do.
+
+    Returns the process numbers.
+    """
     children, port = [], free_port()
     for rank in range(size):
         child = os.fork()
@@ -207,8 +230,8 @@ def fork(size, function, folder):
             continue
         status = 99
         try:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                              MASTER_PORT=str(port))
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank),
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             os.chdir(folder)
             output = os.open(f"output{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1), os.dup2(output, 2)

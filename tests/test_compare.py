@@ -23,8 +23,8 @@ def epoch(number, *top1, on="test", **more):
 
 def write_log(folder, *epochs, classes=("a", "b"), header=(), **args):
     """A run's folder: args over the defaults in the log's first line, then the epochs."""
-    args = {"method": "lmcl", "arch": ["resnet8", "resnet20"], "epochs": 2, "seed": 0, "max_steps": 0,
-            "out_dir": str(folder), **args}
+    args = {"method": "lmcl", "arch": ["resnet8", "resnet20"], "epochs": 2, "seed": 0,
+            "max_steps": 0, "out_dir": str(folder), **args}
     folder.mkdir()
     lines = [{"command": "", "args": args, "classes": classes, **dict(header)}, *epochs]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -50,9 +50,11 @@ def test_seeds_are_pooled_and_options_that_differ_make_groups(tmp_path, capsys):
     b = write_log(tmp_path / "b", epoch(1, 10, 20), last, seed=2, data_dir="y")
     c = write_log(tmp_path / "c", epoch(1, 1, 1), epoch(2, 30, 31), method="mcl", tau=0.2)
     d = write_log(tmp_path / "d", epoch(1, 1, 1), epoch(2, 32, 33), method="mcl", tau=0.1)
-    status, rows, errors = run(capsys, a, b / "log.jsonl", c, d, tmp_path / "a" / ".." / "b")  # b twice
+    # b twice
+    status, rows, errors = run(capsys, a, b / "log.jsonl", c, d, tmp_path / "a" / ".." / "b")
     assert (status, errors) == (0, [])
-    assert rows[0] == {"method": "lmcl", "tau": "-", "student 1 resnet8": "41.50 +- 2.12",  # 3/sqrt(2)
+    assert rows[0] == {"method": "lmcl", "tau": "-",
+                       "student 1 resnet8": "41.50 +- 2.12",  # 3/sqrt(2)
                        "student 2 resnet20": "52.00 +- 2.83", "mean": "46.75 +- 2.47",
                        "top-5 mean": "86.00 +- 1.41", "VCL gain, nats": "1.50 +- 0.35",
                        "ICL gain, nats": "0.50 +- 0.00",
@@ -73,7 +75,8 @@ def test_runs_of_an_earlier_version_join_those_of_their_method(tmp_path, capsys)
 
 
 def test_where_and_how_far_a_run_went_and_its_seed_make_no_group(tmp_path, capsys):
-    """Every option of WHERE differs at once; the log has the first command's, --resume went on to the end."""
+    """Every option of WHERE differs at once;
+    the log has the first command's, --resume went on to the end."""
     paths = [write_log(tmp_path / str(i), epoch(1, 4, 4), epoch(2, 5 + i, 5), seed=i,
                        **{name: 5 * i for name in WHERE}) for i in (0, 1)]
     assert {"max_steps", "device", "out_dir", "data_dir", "resume", "evaluate"} <= WHERE
@@ -83,8 +86,8 @@ def test_where_and_how_far_a_run_went_and_its_seed_make_no_group(tmp_path, capsy
 
 
 def test_old_logs_are_pooled_with_a_run_of_the_same_command_today(tmp_path, capsys):
-    """lmcl-0 is from before --batches, --contrast, --matching and the digest, lmcl-1 from before methods had
-    options of their own."""
+    """lmcl-0 is from before --batches, --contrast, --matching and the digest,
+    lmcl-1 from before methods had options of their own."""
     logs = [LOGS / f"quarter-lmcl-{i}.jsonl" for i in (0, 1)]
     header, *epochs = map(json.loads, logs[1].read_text().splitlines())
     args = vars(options.parse("", [*shlex.split(header["command"])[2:], "--seed", "7"]))
@@ -92,8 +95,10 @@ def test_old_logs_are_pooled_with_a_run_of_the_same_command_today(tmp_path, caps
     assert header["args"].keys() - args.keys() and args.keys() - oldest.keys()
     today = write_log(tmp_path / "today", *epochs, classes=header["classes"], **args)
     status, (row,), errors = run(capsys, *logs, today)
-    assert (status, errors, row["n (seeds)"], row["epochs done"]) == (0, [], "3 (0 1 7)", "24 of 24")
-    last = [mean(json.loads(log.read_text().splitlines()[-1])["test_top1"]) for log in [*logs, logs[1]]]
+    assert (status, errors, row["n (seeds)"], row["epochs done"]) == (
+        0, [], "3 (0 1 7)", "24 of 24")
+    last = [mean(json.loads(log.read_text().splitlines()[-1])["test_top1"])
+            for log in [*logs, logs[1]]]
     assert row["mean"] == f"{mean(last):.2f} +- {stdev(last):.2f}"
 
 
@@ -105,16 +110,18 @@ def test_an_option_missing_in_an_older_log_does_not_differ(tmp_path, capsys):
 
 
 def test_matching_is_lmcls_alone_and_learned_in_a_log_from_before_the_option(tmp_path, capsys):
-    paths = [write_log(tmp_path / str(i), epoch(2, 5, 5), seed=i, **options) for i, options in enumerate([
-        {}, {"matching": "learned"}, {"matching": "uniform"}, {"method": "mcl"},
-        {"method": "mcl", "matching": "learned"}])]
+    paths = [write_log(tmp_path / str(i), epoch(2, 5, 5), seed=i, **options)
+             for i, options in enumerate([
+                 {}, {"matching": "learned"}, {"matching": "uniform"}, {"method": "mcl"},
+                 {"method": "mcl", "matching": "learned"}])]
     _, rows, _ = run(capsys, *paths)
     assert [(row["method"], row["matching"], row["n (seeds)"]) for row in rows] == [
         ("lmcl", "learned", "2 (0 1)"), ("lmcl", "uniform", "1 (2)"), ("mcl", "-", "2 (3 4)")]
 
 
 def test_max_steps_at_the_end_is_an_end(tmp_path, capsys):
-    _, (row,), _ = run(capsys, write_log(tmp_path / "a", epoch(1, 4, 4), epoch(2, 5, 5), max_steps=20))
+    _, (row,), _ = run(
+        capsys, write_log(tmp_path / "a", epoch(1, 4, 4), epoch(2, 5, 5), max_steps=20))
     assert row["epochs done"] == "2 of 2"
 
 
@@ -122,31 +129,43 @@ def test_runs_on_other_images_are_another_group(tmp_path, capsys):
     paths = [write_log(tmp_path / c, epoch(2, 5, 5)) for c in "ab"]
     for path in paths:
         log = path / "log.jsonl"
-        log.write_text(log.read_text().replace('"command"', f'"digest": "{path.name}", "command"', 1))
+        log.write_text(log.read_text().replace(
+            '"command"', f'"digest": "{path.name}", "command"', 1))
     _, rows, _ = run(capsys, *paths)
     assert [row["digest"] for row in rows] == ["a", "b"]
 
 
 @pytest.mark.parametrize(("name", "values"), [("code", ["a", "b"]), ("processes", [1, 2])])
 def test_runs_of_other_code_or_more_processes_are_another_group(tmp_path, capsys, name, values):
-    """Seed 0 of each: two rows, not one of two seeds. A log without it joins where there is one value."""
-    paths = [write_log(tmp_path / str(value), epoch(2, 5, 5), header={name: value}) for value in values]
+    """Seed 0 of each: two rows, not one of two seeds.
+
+    A log without it joins where there is one value.
+    """
+    paths = [write_log(tmp_path / str(value), epoch(2, 5, 5), header={name: value})
+             for value in values]
     _, rows, _ = run(capsys, *paths)
-    assert [(row[name], row["n (seeds)"]) for row in rows] == [(str(value), "1 (0)") for value in values]
+    assert [(row[name], row["n (seeds)"]) for row in rows] == [
+        (str(value), "1 (0)") for value in values]
     older = write_log(tmp_path / "older", epoch(2, 5, 5), seed=1)
     _, rows, _ = run(capsys, paths[0], older)
     assert [row["n (seeds)"] for row in rows] == ["2 (0 1)"]
 
 
 def test_rows_of_the_same_seeds_are_compared_seed_by_seed(tmp_path, capsys):
-    """The spread of differences, not the difference of spreads; other seeds: none. A seed that is twice in a row."""
+    """The spread of differences, not the difference of spreads; other seeds: none.
+
+    A seed that is twice in a row.
+    """
     scores = dict(mcl=[10, 20, 60], lmcl=[12, 23, 61], dml=[1, 2])
-    paths = [write_log(tmp_path / f"{method}{seed}", epoch(2, score - 1, score + 1), method=method, seed=seed)
+    paths = [write_log(tmp_path / f"{method}{seed}", epoch(2, score - 1, score + 1),
+                       method=method, seed=seed)
              for method, values in scores.items() for seed, score in enumerate(values)]
     _, rows, errors = run(capsys, *paths)
     column = "mean less row 1's, by seed"
     assert [row[column] for row in rows] == ["", "2.00 +- 1.00", ""] and not errors
-    elsewhere = [write_log(tmp_path / f"c{seed}", epoch(2, 5, 5), classes=("a", "b", "c"), seed=seed) for seed in range(3)]
+    elsewhere = [write_log(tmp_path / f"c{seed}", epoch(2, 5, 5),
+                           classes=("a", "b", "c"), seed=seed)
+                 for seed in range(3)]
     _, rows, _ = run(capsys, *paths[:3], *elsewhere)
     assert len(rows) == 2 and column not in rows[0]
     again = write_log(tmp_path / "again", epoch(2, 0, 0), method="dml", seed=1)
@@ -161,7 +180,8 @@ def test_runs_on_other_classes_are_another_group(tmp_path, capsys):
 
 
 def test_runs_of_unequal_length_and_numbers_of_students(tmp_path, capsys):
-    """Each is a row: under way, ended by --max-steps, on validation images until its end; one student."""
+    """Each is a row:
+    under way, ended by --max-steps, on validation images until its end; one student."""
     paths = [write_log(tmp_path / "whole", epoch(1, 1, 3), epoch(2, 5, 7)),
              write_log(tmp_path / "under way", epoch(1, 2, 4), seed=1),
              write_log(tmp_path / "ended", {**epoch(2, 9, 9), "step": 15}, seed=2, max_steps=15),
@@ -208,7 +228,8 @@ def test_what_is_no_run_is_left_out_with_a_word(tmp_path, capsys):
     for error, path in zip(errors, bad, strict=True):
         assert error.startswith(f"compare.py: left out: {path}")
     status, rows, errors = run(capsys, *bad)
-    assert status == 1 and not rows and errors[len(bad):] == ["compare.py: error: no run to compare"]
+    assert (status == 1 and not rows
+            and errors[len(bad):] == ["compare.py: error: no run to compare"])
 
 
 def test_curves(tmp_path, capsys):
@@ -219,7 +240,8 @@ def test_curves(tmp_path, capsys):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     for wrong in (tmp_path / "curves.nothing", tmp_path / "no folder" / "curves.png"):
         status, rows, (error,) = run(capsys, *paths, "--curves", wrong)
-        assert status == 1 and len(rows) == 3 and error.startswith(f"compare.py: error: --curves {wrong}: ")
+        assert (status == 1 and len(rows) == 3
+                and error.startswith(f"compare.py: error: --curves {wrong}: "))
 
 
 def test_curves_without_matplotlib(tmp_path, capsys, monkeypatch):
@@ -233,7 +255,8 @@ def test_curves_without_matplotlib(tmp_path, capsys, monkeypatch):
 def test_a_reader_that_has_gone_and_no_path(tmp_path):
     """The first ends a run in peace, the second is one line; neither waits for PyTorch."""
     (tmp_path / "torch.py").write_text("raise SystemExit('PyTorch was loaded')")
-    settings = dict(stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    settings = dict(stderr=subprocess.PIPE, text=True,
+                    env={**os.environ, "PYTHONPATH": str(tmp_path)})
     program = [sys.executable, compare.__file__]
     reader, writer = os.pipe()
     os.close(reader)

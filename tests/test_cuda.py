@@ -1,6 +1,8 @@
-"""On a GPU: numbers against the CPU's float64, graphs against plain steps, resuming, waiting, memory, every student.
+"""On a GPU: numbers against the CPU's float64, graphs against plain steps, resuming, waiting,
+memory, every student.
 
-    pytest -q -n 6 tests/test_cuda.py               # pytest-xdist; DRY=cpu tries the tests' own logic without a GPU
+    pytest -q -n 6 tests/test_cuda.py       # pytest-xdist
+    DRY=cpu pytest -q tests/test_cuda.py    # tries the tests' own logic without a GPU
 """
 
 import argparse
@@ -33,8 +35,10 @@ IS_GPU = GPU != "cpu"
 pytestmark = pytest.mark.skipif(IS_GPU and not torch.cuda.is_available(), reason="wants a GPU")
 GRAPH = ["--cuda-graph"] if IS_GPU else []
 BANK = ["--contrast", "bank", "--negatives", "16", "--contrast-start", "0"]
-VARIANTS = [*(["--method", name] for name in METHODS), ["--method", "lmcl", *BANK], ["--method", "mcl", *BANK],
-            ["--method", "lmcl", "--virtual-lambda", "moving"], ["--method", "afd", "--arch", "small", "small_12"]]
+VARIANTS = [*(["--method", name] for name in METHODS),
+            ["--method", "lmcl", *BANK], ["--method", "mcl", *BANK],
+            ["--method", "lmcl", "--virtual-lambda", "moving"],
+            ["--method", "afd", "--arch", "small", "small_12"]]
 
 
 def distance(ours, exact):
@@ -64,8 +68,9 @@ class Setting:
     def __init__(self, images, *more, size=16, device=GPU, batch=12, dtype=torch.float32):
         arch = [] if "--arch" in more else ["--arch", "small"]
         often = ["--meta-freq", "1"] if "lmcl" in more or "--method" not in more else []
-        args = options.parse("", ["--image-size", str(size), "--batch-size", str(batch), "--epochs", "3", "--lr", "0.0625",
-                                  "--schedule", "multistep", "--out-dir", "out", *arch, *often, *more])
+        args = options.parse("", ["--image-size", str(size), "--batch-size", str(batch),
+                                  "--epochs", "3", "--lr", "0.0625", "--schedule", "multistep",
+                                  "--out-dir", "out", *arch, *often, *more])
         args.device = pick_device(device, Processes({}))
         dataset = data.load("folder", images, size).to(args.device)
         self.args, self.batch, self.dtype = args, batch, dtype
@@ -73,8 +78,9 @@ class Setting:
         for name, part in self.method.named_children():
             if name != "bank":  # its rows stay float16
                 part.to(dtype)
-        self.run = Run(args, None, self.method, self.method.optimizers(), metadata={}, steps_per_epoch=4,
-                       images_per_epoch=54, processes=Processes({}), signals=None)
+        self.run = Run(args, None, self.method, self.method.optimizers(), metadata={},
+                       steps_per_epoch=4, images_per_epoch=54, processes=Processes({}),
+                       signals=None)
         self.run.start_epoch()
         self.run.set_lr(args.lr)
         self.step, self.second_step = train.make_steps(args, dataset, self.method, self.run)
@@ -87,7 +93,8 @@ class Setting:
                 yield x.to(self.dtype), y, bank.sample(index, epoch, step) if bank else None
 
     def go(self, steps):
-        """Ordinary steps, each with a second one behind it -> the last one's terms with one number."""
+        """Ordinary steps, each with a second one behind it
+        -> the last one's terms with one number."""
         for batch in itertools.islice(self.batches, steps):
             logged, outputs = self.step(*batch)
             if self.method.second:
@@ -104,11 +111,14 @@ def test_losses_and_their_gradients(dtype, most):
     unit = lambda *s: torch.nn.functional.normalize(torch.randn(*s, dtype=torch.float64), dim=-1)
     w = torch.rand(2, 3, 2, 3, 64, dtype=torch.float64)
     rows = unit(2, 3, 64, 128), unit(2, 3, 64, 128), unit(2, 3, 100, 128)
-    for call in (lambda z, w, y, s, *r: losses.lmcl_loss(z, y, w), lambda z, w, y, s, *r: losses.mcl_loss(z[:, -1], y),
+    for call in (lambda z, w, y, s, *r: losses.lmcl_loss(z, y, w),
+                 lambda z, w, y, s, *r: losses.mcl_loss(z[:, -1], y),
                  lambda z, w, y, s, *r: losses.lmcl_bank_loss(z, *r, s, w)):
         z, results = unit(2, 3, 64, 128), []
-        for to in (lambda t: t.clone(), lambda t: t.to(GPU, dtype if t.is_floating_point() else None)):
-            inputs = [to(z).requires_grad_(), to(w).requires_grad_(), to(y), to(same), *map(to, rows)]
+        for to in (lambda t: t.clone(),
+                   lambda t: t.to(GPU, dtype if t.is_floating_point() else None)):
+            inputs = [to(z).requires_grad_(), to(w).requires_grad_(), to(y), to(same),
+                      *map(to, rows)]
             values = call(*inputs)
             grads = torch.autograd.grad(sum(values.values()), inputs[:2], materialize_grads=True)
             results.append([*values.values(), *grads])
@@ -125,7 +135,8 @@ def test_second_derivatives(dtype, most, memory_format, exact_float32):
             continue
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         results = []
-        for there, kind, mode in (("cpu", torch.float64, contextlib.nullcontext()), (GPU, dtype, FastSecondDerivatives())):
+        for there, kind, mode in (("cpu", torch.float64, contextlib.nullcontext()),
+                                  (GPU, dtype, FastSecondDerivatives())):
             net = copy.deepcopy(layer).to(there, kind)
             t = x.to(there, kind).contiguous(memory_format=memory_format).requires_grad_()
             inputs = [t, *net.parameters()]
@@ -140,7 +151,8 @@ def test_hypergradient_in_float64(lam, images):
     """The whole meta step of two ResNet-8 with branches: the same code on both devices."""
     grads = []
     for device in ("cpu", GPU):
-        s = Setting(images, "--arch", "resnet8", "--virtual-lambda", lam, device=device, dtype=torch.float64)
+        s = Setting(images, "--arch", "resnet8", "--virtual-lambda", lam,
+                    device=device, dtype=torch.float64)
         s.second_step(*next(s.batches), None)
         grads.append([p.grad for p in s.method.matching_network.parameters()])
     assert distance(grads[1], grads[0]) < 1e-6
@@ -173,7 +185,8 @@ def test_bfloat16_is_near_and_the_meta_step_stays_float32(images):
 
 @pytest.mark.parametrize("more", [*VARIANTS, ["--method", "lmcl", "--amp", "bf16"]], ids=" ".join)
 def test_graphs_equal_plain_steps(more, images, deterministic):
-    """Two batch sizes, 12 steps with 12 second ones, bit for bit: the learning rate is a power of two."""
+    """Two batch sizes, 12 steps with 12 second ones, bit for bit:
+    the learning rate is a power of two."""
     states = []
     for graphs in ([], GRAPH):
         s = Setting(images, *more, *graphs)
@@ -185,9 +198,10 @@ def test_graphs_equal_plain_steps(more, images, deterministic):
 
 
 @pytest.mark.parametrize("graphs", [[], GRAPH], ids=["plain", "graph"])
-@pytest.mark.parametrize("more", [["--method", "lmcl"], ["--method", "afd"],
-                                  ["--method", "lmcl", "--contrast", "bank", "--negatives", "16", "--amp", "bf16"]],
-                         ids=["lmcl", "afd", "bank"])
+@pytest.mark.parametrize("more", [
+    ["--method", "lmcl"], ["--method", "afd"],
+    ["--method", "lmcl", "--contrast", "bank", "--negatives", "16", "--amp", "bf16"]],
+    ids=["lmcl", "afd", "bank"])
 def test_resuming_is_bit_equal(more, graphs, images, run, deterministic):
     more = [*more, "--device", GPU, "--deterministic", *graphs]
     run(*more, out="whole", epochs=5)
@@ -219,14 +233,15 @@ def test_no_step_waits(more, images):
 
 def test_images_in_memory_and_streamed(images):
     for stream in (False, True):
-        batches = [list(data.load("folder", images, 16, stream=stream, workers=2).to(d).train_batches(12, 0, 1))
-                   for d in ("cpu", GPU)]
+        batches = [list(data.load("folder", images, 16, stream=stream, workers=2).to(d)
+                        .train_batches(12, 0, 1)) for d in ("cpu", GPU)]
         for (x, y, i), (x_, y_, i_) in zip(*batches, strict=True):
             assert distance([x_], [x]) < 1e-6 and y.equal(y_.cpu()) and i.equal(i_.cpu())
 
 
 def test_the_banks_draws_do_not_overtake_each_other():
-    """300 draws and updates queued without a wait: a pinned buffer used again too early would show."""
+    """300 draws and updates queued without a wait:
+    a pinned buffer used again too early would show."""
     labels, banks = torch.arange(500) % 50, []
     for device in ("cpu", GPU):
         bank, seen = models.MemoryBank(labels, 2, 3, dim=16, negatives=64).to(device), []
@@ -239,7 +254,8 @@ def test_the_banks_draws_do_not_overtake_each_other():
             seen.append(rows.same_class)
         banks.append((bank.stored, bank.written, seen))
     (rows, written, masks), (rows_, written_, masks_) = banks
-    assert all(a.equal(b.cpu()) for a, b in zip(masks, masks_, strict=True)) and written.equal(written_.cpu())
+    assert (all(a.equal(b.cpu()) for a, b in zip(masks, masks_, strict=True))
+            and written.equal(written_.cpu()))
     assert distance([rows_], [rows]) < 1e-3
 
 
@@ -249,7 +265,8 @@ def test_evaluation_is_the_cpus(images, tmp_path, monkeypatch, capsys):
     found = []
     for device in ("cpu", GPU):
         capsys.readouterr()
-        predict.main(["--student", "out/last.pt", "--dataset", "folder", "--data-dir", str(images), "--device", device])
+        predict.main(["--student", "out/last.pt", "--dataset", "folder",
+                      "--data-dir", str(images), "--device", device])
         found.append(capsys.readouterr().out)
     assert found[0] == found[1] and "top-1" in found[0]
 
@@ -263,18 +280,22 @@ def test_a_step_of_detection_equals_the_cpus(exact_float32):
     images = [torch.randint(256, (3, 64, 64), generator=draw, dtype=torch.uint8) for _ in range(2)]
     masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
     masks[:, 10:40, 8:50] = 1
-    targets = [dict(boxes=torch.tensor([[8., 10, 50, 40]]), labels=torch.tensor([1]), masks=masks)] * 2
+    targets = [dict(boxes=torch.tensor([[8., 10, 50, 40]]), labels=torch.tensor([1]),
+                    masks=masks)] * 2
     found = []
     for device in ("cpu", GPU):
-        args = argparse.Namespace(arch="resnet18", seed=0, freeze=0, batch_norm="frozen", proposals=16, min_size=64,
-                                  max_size=64, device=torch.device(device), amp=None)
+        args = argparse.Namespace(arch="resnet18", seed=0, freeze=0, batch_norm="frozen",
+                                  proposals=16, min_size=64, max_size=64,
+                                  device=torch.device(device), amp=None)
         model = detect.build(args, ["thing"], *data.IMAGENET).train()
         for part in (model.rpn, model.roi_heads):
             part.fg_bg_sampler.batch_size_per_image = 10_000
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        logged = detect.train_step(args, model, argparse.Namespace(optimizers=[optimizer], processes=Processes({})),
-                                   images, targets)
-        found.append(({name: float(value) for name, value in logged.items()}, list(model.parameters())))
+        logged = detect.train_step(
+            args, model, argparse.Namespace(optimizers=[optimizer], processes=Processes({})),
+            images, targets)
+        found.append(({name: float(value) for name, value in logged.items()},
+                      list(model.parameters())))
     (terms, weights), (terms_, weights_) = found
     assert terms_ == pytest.approx(terms, rel=0.01, abs=1e-4) and distance(weights_, weights) < 1e-4
 
@@ -282,7 +303,8 @@ def test_a_step_of_detection_equals_the_cpus(exact_float32):
 PROCESS = """
 import sys, torch.distributed as dist
 start = dist.init_process_group
-dist.init_process_group = lambda timeout, **_: start("gloo", timeout=timeout)  # nccl wants a GPU for each process
+# nccl wants a GPU for each process
+dist.init_process_group = lambda timeout, **_: start("gloo", timeout=timeout)
 import conftest, train
 train.main(sys.argv[1:])
 """
@@ -294,30 +316,36 @@ def test_two_processes_on_one_device(images, tmp_path):
     for device in {GPU, "cpu"}:
         port = str(free_port())
         for rank in ("0", "1"):
-            where = dict(RANK=rank, WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+            where = dict(RANK=rank, WORLD_SIZE="2", LOCAL_RANK="0",
+                         MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
                          OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
             command = [*flags(images, device, 2, *BANK), "--batch-size", "16", "--device", device]
-            children.append(subprocess.Popen([sys.executable, "-c", PROCESS, *command], env=os.environ | where,
-                                             cwd=tmp_path, stderr=subprocess.PIPE, text=True))
+            children.append(subprocess.Popen(
+                [sys.executable, "-c", PROCESS, *command], env=os.environ | where,
+                cwd=tmp_path, stderr=subprocess.PIPE, text=True))
     for child in children:
         _, errors = child.communicate(timeout=60)
         assert child.returncode == 0, errors
     on_device, on_cpu = (read_log(tmp_path / device)[1:] for device in (GPU, "cpu"))
-    assert [line["ce"] for line in on_device] == pytest.approx([line["ce"] for line in on_cpu], rel=1e-2)
+    assert [line["ce"] for line in on_device] == pytest.approx(
+        [line["ce"] for line in on_cpu], rel=1e-2)
     assert [line["step"] for line in on_device] == [3, 6]
 
 
 # ---------------------------------------------------------------- students, memory
 
-@pytest.mark.parametrize("name,size", [("resnet8", 32), ("resnet110", 32), ("wrn_16_2", 32), ("shufflenetv2_0.5", 32),
-                                       ("hcgnet_a1", 32), ("resnet18", 64), ("resnet50", 64), ("resnext50_32x4d", 64),
-                                       ("shufflenet_v2_x0_5", 64)])
+@pytest.mark.parametrize("name,size", [
+    ("resnet8", 32), ("resnet110", 32), ("wrn_16_2", 32), ("shufflenetv2_0.5", 32),
+    ("hcgnet_a1", 32), ("resnet18", 64), ("resnet50", 64), ("resnext50_32x4d", 64),
+    ("shufflenet_v2_x0_5", 64)])
 def test_students(name, size, images, tmp_path, exact_float32):
-    """Evaluation equals the CPU's float64; a plain and a captured step and meta step are finite and alike."""
+    """Evaluation equals the CPU's float64;
+    a plain and a captured step and meta step are finite and alike."""
     if not IS_GPU and name != "resnet8":
         pytest.skip("long on a CPU")
     folder = draw_images(tmp_path / "images", size=size, train_images=2, test_images=1)
-    plain, graph = (Setting(folder, "--arch", name, "--meta-steps", "1", *more, size=size) for more in ([], GRAPH))
+    plain, graph = (Setting(folder, "--arch", name, "--meta-steps", "1", *more, size=size)
+                    for more in ([], GRAPH))
     (x, *_), _ = (next(s.batches) for s in (plain, graph))
     net = copy.deepcopy(plain.method.cohort).eval()
     assert distance([net(x)[1]], [net.cpu().double()(x.cpu().double())[1]]) < 1e-3
@@ -332,9 +360,10 @@ def test_memory():
     for name in ("deep-supervision", "lmcl"):
         args = options.parse("", ["--method", name, "--out-dir", "out"])
         args.device = torch.device("cuda", 0)
-        method = train.build(args, argparse.Namespace(classes=range(100), train_labels=None, notes=[]))
-        run = Run(args, None, method, method.optimizers(), metadata={}, steps_per_epoch=390, images_per_epoch=50000,
-                  processes=Processes({}), signals=None)
+        method = train.build(
+            args, argparse.Namespace(classes=range(100), train_labels=None, notes=[]))
+        run = Run(args, None, method, method.optimizers(), metadata={}, steps_per_epoch=390,
+                  images_per_epoch=50000, processes=Processes({}), signals=None)
         run.start_epoch()
         x = torch.randn(128, 3, 32, 32, device="cuda").to(memory_format=torch.channels_last)
         y = torch.arange(64, device="cuda").repeat_interleave(2)

@@ -1,4 +1,5 @@
-"""data.py, support/images.py, support/synthetic.py: plans, batches, folders, streaming, CIFAR; no network."""
+"""data.py, support/images.py, support/synthetic.py:
+plans, batches, folders, streaming, CIFAR; no network."""
 
 import hashlib
 import io
@@ -64,7 +65,8 @@ def write_folder(root, splits=("train", "test"), classes=("cat", "dog"), size=(3
         for name in classes:
             (root / split / name).mkdir(parents=True)
             for i in range(count):
-                pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+                pixels = np.random.default_rng(i).integers(
+                    0, 256, (size[1], size[0], 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / split / name / f"{i}.{ending}")
     return root
 
@@ -76,7 +78,8 @@ def columns(rows):
 
 def equal(these, those):
     """Whether two lists of tuples of tensors have the same bits."""
-    return all(a.equal(b) for pair in zip(these, those, strict=True) for a, b in zip(*pair, strict=True))
+    return all(a.equal(b) for pair in zip(these, those, strict=True)
+               for a, b in zip(*pair, strict=True))
 
 
 def message(name, data_dir, **options):
@@ -90,13 +93,20 @@ def message(name, data_dir, **options):
 
 EQUAL_100 = torch.arange(5000) % 100
 EQUAL_10 = torch.arange(1000) % 10
-UNEQUAL = torch.arange(7).repeat_interleave(torch.tensor([1, 2, 33, 400, 7, 0, 58]))  # 501: one stays alone
+# 501: one stays alone
+UNEQUAL = torch.arange(7).repeat_interleave(torch.tensor([1, 2, 33, 400, 7, 0, 58]))
 SINGLES = torch.arange(40)
 
 
 @pytest.mark.parametrize("labels, batch_size", [
-    (EQUAL_100, 128), (EQUAL_10, 64), (UNEQUAL, 16), (UNEQUAL[1:], 16), (UNEQUAL, 500), (SINGLES, 8),
-    (torch.zeros(3, dtype=torch.int64), 2)])
+    (EQUAL_100, 128),
+    (EQUAL_10, 64),
+    (UNEQUAL, 16),
+    (UNEQUAL[1:], 16),
+    (UNEQUAL, 500),
+    (SINGLES, 8),
+    (torch.zeros(3, dtype=torch.int64), 2),
+])
 def test_plan_shows_every_image_once_in_spread_pairs_or_uniformly(labels, batch_size):
     n, steps = len(labels), len(labels) // batch_size
     for pairs in (False, True):
@@ -110,20 +120,24 @@ def test_plan_shows_every_image_once_in_spread_pairs_or_uniformly(labels, batch_
     same = Counter()
     for batch in plan:
         assert len(batch.index) == len(batch.top) == len(batch.left) == len(batch.flip)
-        pairs = labels[batch.index[:len(batch.index) // 2 * 2]].view(-1, 2)  # less an image that stays alone
+        # less an image that stays alone
+        pairs = labels[batch.index[:len(batch.index) // 2 * 2]].view(-1, 2)
         dealt = pairs[pairs[:, 0] == pairs[:, 1], 0].bincount(minlength=len(pairs_of))
         assert (dealt <= -(-pairs_of // steps)).all()
         same.update(dict(enumerate(dealt.tolist())))
     assert sum(size % 2 for size in sizes) == n % 2
-    assert [same[c] for c in range(len(pairs_of))] == pairs_of.tolist()  # every pair that a class can make
+    # every pair that a class can make
+    assert [same[c] for c in range(len(pairs_of))] == pairs_of.tolist()
 
 
 def test_plan_of_cifar100():
     labels = torch.arange(50_000) % 100
     plan = epoch_plan(labels, 128, pad=4, seed=0, epoch=0)
     assert Counter(len(b.index) for b in plan) == {128: 350, 130: 40}
-    assert all(len(labels[b.index].unique()) == len(b.index) // 2 for b in plan)  # all pairs differ in class
-    digest = hashlib.sha256(b"".join(column.numpy().tobytes() for column in columns(plan))).hexdigest()
+    # all pairs differ in class
+    assert all(len(labels[b.index].unique()) == len(b.index) // 2 for b in plan)
+    digest = hashlib.sha256(
+        b"".join(column.numpy().tobytes() for column in columns(plan))).hexdigest()
     assert digest.startswith("37917740b75a0f95")  # published logs were made with these batches
 
 
@@ -131,7 +145,8 @@ def test_plan_of_cifar100():
 def test_plan_is_a_function_of_seed_and_epoch(pairs):
     def flat(seed, epoch):
         torch.manual_seed(next(others))
-        state, plan = torch.get_rng_state(), columns(epoch_plan(EQUAL_100, 128, 4, seed, epoch, pairs))
+        state, plan = torch.get_rng_state(), columns(
+            epoch_plan(EQUAL_100, 128, 4, seed, epoch, pairs))
         assert torch.get_rng_state().equal(state)
         return plan
 
@@ -153,7 +168,8 @@ def test_plan_is_shuffled():
         classes = EQUAL_100[columns(plan)[0]]
         assert abs(torch.corrcoef(torch.stack([classes.double(), torch.arange(5000.)]))[0, 1]) < 0.1
     large = [len(b.index) > 128 for plan in (first, second) for b in plan]
-    assert len(set(map(tuple, (large[:39], large[39:])))) == 2  # the large batches are at other places
+    # the large batches are at other places
+    assert len(set(map(tuple, (large[:39], large[39:])))) == 2
 
 
 def test_plan_draws_offsets_and_flips_evenly():
@@ -218,7 +234,8 @@ def test_normalise():
 def test_batches_in_memory(small):
     mean, std = torch.tensor(small.mean), torch.tensor(small.std)
     plan = epoch_plan(small.train_labels, 100, 4, 5, 3)  # pad: an eighth of 32
-    want = [(normalise(augment(small.train_images, b, 4), mean, std), small.train_labels[b.index], b.index)
+    want = [(normalise(augment(small.train_images, b, 4), mean, std),
+             small.train_labels[b.index], b.index)
             for b in plan]
     assert len(want) == 6 and equal(small.train_batches(100, seed=5, epoch=3), want)
     assert equal(small.train_batches(100, seed=5, epoch=3, start=4), want[4:])
@@ -227,9 +244,11 @@ def test_batches_in_memory(small):
     plain, crop = (replace(small, augmentation=name).take(*plan[0])[0] for name in ("none", "crop"))
     assert plain.equal(normalise(small.train_images[plan[0].index], mean, std))
     flip = plan[0].flip[:, None, None, None]
-    assert crop.equal(torch.where(flip, want[0][0].flip(-1), want[0][0])) and not crop.equal(want[0][0])
+    assert (crop.equal(torch.where(flip, want[0][0].flip(-1), want[0][0]))
+            and not crop.equal(want[0][0]))
     calls, take = [], small.take
-    small.take = lambda *batch: calls.append(batch) or take(*batch)  # as a recording takes its place
+    # as a recording takes its place
+    small.take = lambda *batch: calls.append(batch) or take(*batch)
     assert equal(small.train_batches(100, seed=5, epoch=3), want) and equal(calls, plan)
 
 
@@ -254,15 +273,17 @@ def test_dataset_moves_to_a_device(request, kind):
     moved = dataset.to("meta")
     tensors = [name for name, value in vars(dataset).items() if isinstance(value, torch.Tensor)]
     assert len(tensors) >= 4 and {vars(moved)[name].device.type for name in tensors} == {"meta"}
-    assert type(moved) is type(dataset) and moved.classes == dataset.classes and moved.mean == dataset.mean
+    assert (type(moved) is type(dataset)
+            and moved.classes == dataset.classes and moved.mean == dataset.mean)
 
 
 def test_what_files_say_of_the_data(synthetic):
-    assert synthetic.facts() == dict(classes=synthetic.classes, mean=synthetic.mean, std=synthetic.std,
-                                     image_size=32, resize=32, digest="synthetic")
+    assert synthetic.facts() == dict(
+        classes=synthetic.classes, mean=synthetic.mean, std=synthetic.std,
+        image_size=32, resize=32, digest="synthetic")
     synthetic.check_classes(tuple(synthetic.classes), "out/last.pt", "data")
-    words = ("^out/last.pt was trained on other classes .striped disc, .* than those of --dataset synthetic "
-             "--data-dir data .shaded disc, .* its own data set$")
+    words = ("^out/last.pt was trained on other classes .striped disc, .* than those of "
+             "--dataset synthetic --data-dir data .shaded disc, .* its own data set$")
     with pytest.raises(UserError, match=words):
         synthetic.check_classes(synthetic.classes[1:], "out/last.pt", "data")
 
@@ -273,11 +294,13 @@ def test_validation_split_of_a_folder_without_test(tmp_path, stream):
     (tmp_path / "train" / "dog" / "0.png").unlink()
 
     def split(fraction=0.2, seed=0):
-        loaded = data.load("folder", tmp_path, stream=stream, validation_fraction=fraction, seed=seed)
+        loaded = data.load("folder", tmp_path, stream=stream,
+                           validation_fraction=fraction, seed=seed)
         return loaded, columns(loaded.test_batches("validation"))
 
     loaded, (images, labels) = split()
-    assert labels.tolist() == [0] * 2 + [1] * 2 and loaded.train_labels.tolist() == [0] * 9 + [1] * 8
+    assert (labels.tolist() == [0] * 2 + [1] * 2
+            and loaded.train_labels.tolist() == [0] * 9 + [1] * 8)
     assert "the validation images are the test set too" in loaded.notes[-1]
     assert equal(loaded.test_batches(), [(images, labels)])
     assert equal([split()[1]], [(images, labels)]) and not split(seed=1)[1][0].equal(images)
@@ -317,20 +340,24 @@ def test_synthetic(synthetic):
         assert labels.bincount().tolist() == [count] * 20
     assert len(set(synthetic.classes)) == 20 and "striped disc" in synthetic.classes
     every = torch.cat([synthetic.train_images, synthetic.test_images])
-    assert len({image.numpy().tobytes() for image in every}) == 12_000  # no image twice, in either split
+    # no image twice, in either split
+    assert len({image.numpy().tobytes() for image in every}) == 12_000
     assert_mean_and_std(synthetic)
 
 
 def test_fewer_synthetic_images(synthetic):
     """The first ones, with the same test set; no other data set takes the option."""
     few = data.load("synthetic", synthetic_images=400)
-    assert few.train_images.equal(synthetic.train_images[:400]) and few.train_labels.bincount().tolist() == [20] * 20
+    assert (few.train_images.equal(synthetic.train_images[:400])
+            and few.train_labels.bincount().tolist() == [20] * 20)
     assert few.test_images.equal(synthetic.test_images)
     assert_mean_and_std(few)
-    args = options.parse("", ["--dataset", "synthetic", "--synthetic-images", "40", "--image-size", "8"])
+    args = options.parse("", ["--dataset", "synthetic", "--synthetic-images", "40",
+                              "--image-size", "8"])
     assert len(train.load_data(args).train_labels) == 40
     for name, count in (("synthetic", 10_001), ("cifar100", 400)):
-        with pytest.raises(UserError, match=f"--synthetic-images {count} goes with --dataset synthetic, up to 10000"):
+        with pytest.raises(UserError, match=f"--synthetic-images {count} goes with "
+                                            "--dataset synthetic, up to 10000"):
             data.load(name, synthetic_images=count)
 
 
@@ -342,13 +369,15 @@ def test_synthetic_ignores_and_keeps_the_global_generator():
         return loaded
 
     first, again = load(7), load(8)
-    assert again.train_images.equal(first.train_images) and again.test_images.equal(first.test_images)
+    assert (again.train_images.equal(first.train_images)
+            and again.test_images.equal(first.test_images))
     draw = [paint(torch.arange(20), size, torch.Generator().manual_seed(0)) for size in (48, 24)]
     assert [tuple(images.shape) for images in draw] == [(20, 48, 48, 3), (20, 24, 24, 3)]
 
 
 def test_synthetic_classes_cannot_be_told_by_colour(synthetic):
-    """Linear and nearest-mean classifiers on each image's mean colour stay near the chance of 5%."""
+    """Linear and nearest-mean classifiers on each image's mean colour
+    stay near the chance of 5%."""
     train, test = (images.double().flatten(1, 2).mean(1) / 255
                    for images in (synthetic.train_images, synthetic.test_images))
     labels, truth = synthetic.train_labels, synthetic.test_labels
@@ -367,7 +396,8 @@ def test_folder(tmp_path, monkeypatch):
     assert loaded.classes == ["cat", "dog"] and loaded.notes == []
     assert loaded.resize == loaded.image_size == 32
     assert loaded.train_labels.tolist() == loaded.test_labels.tolist() == [0] * 3 + [1] * 3
-    want = np.stack([np.asarray(Image.open(tmp_path / "train" / "dog" / f"{i}.png")) for i in range(3)])
+    want = np.stack([np.asarray(Image.open(tmp_path / "train" / "dog" / f"{i}.png"))
+                     for i in range(3)])
     assert np.array_equal(loaded.train_images[3:].numpy(), want)
     assert_mean_and_std(loaded)
     write_folder(tmp_path, splits=("test",), count=1)  # goes before val
@@ -432,19 +462,29 @@ REFUSED = "tells no scale"
 
 
 @pytest.mark.parametrize("values, kind, ending, want", [
-    (RAMP, np.float32, "tif", None), (255 * RAMP, np.float32, "tif", None),
-    (255 * RAMP, np.int32, "tif", None), (4095 * RAMP, np.int32, "tif", None),
-    *((top * RAMP, np.uint16, ending, None) for top in (255, 1023, 4095, 65535) for ending in ("png", "tif", "pgm")),
-    (30000 * RAMP, np.uint16, "png", [0, 23, 46, 70, 93, 117]), (0 * RAMP, np.uint16, "png", [0] * 6),
-    (9 * RAMP, np.uint16, "png", REFUSED), (9 * RAMP, np.float32, "tif", REFUSED),
-    (70000 * RAMP, np.int32, "tif", REFUSED), (RAMP * 300 - 20, np.int32, "tif", REFUSED),
-    (1000 * RAMP, np.float32, "tif", REFUSED), (RAMP - 0.5, np.float32, "tif", REFUSED),
-    (np.where(RAMP == 1, np.inf, RAMP), np.float32, "tif", REFUSED), (RAMP * np.nan, np.float32, "tif", REFUSED)])
+    (RAMP, np.float32, "tif", None),
+    (255 * RAMP, np.float32, "tif", None),
+    (255 * RAMP, np.int32, "tif", None),
+    (4095 * RAMP, np.int32, "tif", None),
+    *((top * RAMP, np.uint16, ending, None)
+      for top in (255, 1023, 4095, 65535) for ending in ("png", "tif", "pgm")),
+    (30000 * RAMP, np.uint16, "png", [0, 23, 46, 70, 93, 117]),
+    (0 * RAMP, np.uint16, "png", [0] * 6),
+    (9 * RAMP, np.uint16, "png", REFUSED),
+    (9 * RAMP, np.float32, "tif", REFUSED),
+    (70000 * RAMP, np.int32, "tif", REFUSED),
+    (RAMP * 300 - 20, np.int32, "tif", REFUSED),
+    (1000 * RAMP, np.float32, "tif", REFUSED),
+    (RAMP - 0.5, np.float32, "tif", REFUSED),
+    (np.where(RAMP == 1, np.inf, RAMP), np.float32, "tif", REFUSED),
+    (RAMP * np.nan, np.float32, "tif", REFUSED),
+])
 def test_deep_gray_is_scaled_by_its_type_and_values(tmp_path, values, kind, ending, want):
     """In memory and streamed alike; what tells no scale is named."""
     Image.fromarray(values.astype(kind)).save(tmp_path / f"x.{ending}")
     if want == REFUSED:
-        for read in (lambda: read_image(tmp_path / f"x.{ending}"), lambda: decode(tmp_path, [f"x.{ending}"], 2)):
+        for read in (lambda: read_image(tmp_path / f"x.{ending}"),
+                     lambda: decode(tmp_path, [f"x.{ending}"], 2)):
             with pytest.raises(ValueError, match=REFUSED):
                 read()
         return
@@ -462,15 +502,20 @@ def chunk(kind, body, check=None):
 def raw_png(depth, color, row, *chunks):
     """A PNG of one row, four pixels of gray (color 0) or two of RGB (2)."""
     header = struct.pack(">IIBBBBB", 2 if color else 4, 1, depth, color, 0, 0, 0)
-    parts = chunk(b"IHDR", header), *chunks, chunk(b"IDAT", zlib.compress(b"\0" + row)), chunk(b"IEND", b"")
+    parts = (chunk(b"IHDR", header), *chunks,
+             chunk(b"IDAT", zlib.compress(b"\0" + row)), chunk(b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 @pytest.mark.parametrize("depth, color, row, key, want", [
-    (2, 0, bytes([0b00011011]), (1,), [0, 255, 170, 255]), (4, 0, bytes([0x01, 0x5f]), (5,), [0, 17, 255, 255]),
+    (2, 0, bytes([0b00011011]), (1,), [0, 255, 170, 255]),
+    (4, 0, bytes([0x01, 0x5f]), (5,), [0, 17, 255, 255]),
     (16, 0, struct.pack(">4H", 0, 1000, 30000, 65535), (30000,), [0, 3, 255, 255]),
-    (16, 2, struct.pack(">6H", 30000, 20000, 10000, 60000, 2, 3), (30000, 20000, 10000), [255, 234])])
-def test_the_transparent_value_of_a_png_of_any_depth_is_white(tmp_path, depth, color, row, key, want):
+    (16, 2, struct.pack(">6H", 30000, 20000, 10000, 60000, 2, 3), (30000, 20000, 10000),
+     [255, 234]),
+])
+def test_the_transparent_value_of_a_png_of_any_depth_is_white(
+        tmp_path, depth, color, row, key, want):
     tRNS = chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))
     (tmp_path / "x.png").write_bytes(raw_png(depth, color, row, tRNS))
     assert read_image(tmp_path / "x.png")[0, 0].tolist() == want
@@ -493,22 +538,33 @@ def exif(orientation, *more):
     return b"II*\0" + struct.pack("<I", 8) + table + bytes(4) + rest
 
 
-ODD = exif(6, (0x11a, 10, bytes(8)), (0xc000, 12, struct.pack("<d", float("nan"))), (0xc001, 6, b"\xfd"))
+ODD = exif(6,
+           (0x11a, 10, bytes(8)),
+           (0xc000, 12, struct.pack("<d", float("nan"))),
+           (0xc001, 6, b"\xfd"))
 LONG = zlib.compress(bytes(3 << 20))  # more than Pillow takes for a text
 
 
 @pytest.mark.parametrize("where, parts, turned", [
-    ("png", [chunk(b"eXIf", b"junk" * 5)], False), ("png", [chunk(b"eXIf", exif(6), check=1)], False),
-    ("png", [chunk(b"eXIf", ODD)], True), ("png", [chunk(b"iCCP", b"k\0\0" + LONG), chunk(b"eXIf", ODD)], True),
-    ("png", [chunk(b"iCCP", b"")], False), ("png", [chunk(b"zTXt", b"k\0\0" + LONG)], False),
-    ("png", [chunk(b"tEXt", b"k\0v", check=1)], False), ("png", [chunk(b"gAMA", b"")], False),
+    ("png", [chunk(b"eXIf", b"junk" * 5)], False),
+    ("png", [chunk(b"eXIf", exif(6), check=1)], False),
+    ("png", [chunk(b"eXIf", ODD)], True),
+    ("png", [chunk(b"iCCP", b"k\0\0" + LONG), chunk(b"eXIf", ODD)], True),
+    ("png", [chunk(b"iCCP", b"")], False),
+    ("png", [chunk(b"zTXt", b"k\0\0" + LONG)], False),
+    ("png", [chunk(b"tEXt", b"k\0v", check=1)], False),
+    ("png", [chunk(b"gAMA", b"")], False),
     ("png", [chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 9\nno hex")], False),
     ("png end", [chunk(b"zTXt", b"k\0\0" + LONG), chunk(b"eXIf", ODD)], True),
-    ("jpg", [b"\xff\xe1", b"Exif\0\0" + ODD], True), ("jpg", [b"\xff\xe1", b"Exif\0\0junk"], False),
-    ("jpg", [b"\xff\xe2", b"ICC_PROFILE\0"], False), ("jpg", [b"\xff\xee", b"Adobe"], False)])
+    ("jpg", [b"\xff\xe1", b"Exif\0\0" + ODD], True),
+    ("jpg", [b"\xff\xe1", b"Exif\0\0junk"], False),
+    ("jpg", [b"\xff\xe2", b"ICC_PROFILE\0"], False),
+    ("jpg", [b"\xff\xee", b"Adobe"], False),
+])
 def test_metadata_is_not_taken_for_pixels(tmp_path, where, parts, turned):
     """Whatever it holds, the picture is read, upright if its orientation can be."""
-    file, image = io.BytesIO(), Image.fromarray(np.arange(600, dtype=np.uint16).astype(np.uint8).reshape(10, 20, 3))
+    file, image = io.BytesIO(), Image.fromarray(
+        np.arange(600, dtype=np.uint16).astype(np.uint8).reshape(10, 20, 3))
     image.save(file, "PNG" if "png" in where else "JPEG")
     want = read_pixels(file) if not turned else read_pixels(file).rot90(-1, (1, 2))
     plain, at = file.getvalue(), {"png": 33, "png end": -12, "jpg": 2}[where]
@@ -517,7 +573,8 @@ def test_metadata_is_not_taken_for_pixels(tmp_path, where, parts, turned):
     path = tmp_path / f"x.{where[:3]}"
     path.write_bytes(plain[:at] + b"".join(parts) + plain[at:])
     assert read_image(path).equal(want)
-    assert np.array_equal(decode(tmp_path, [path.name], 10)[0], images_module.fit(tvf.to_pil_image(want), 10))
+    assert np.array_equal(decode(tmp_path, [path.name], 10)[0],
+                          images_module.fit(tvf.to_pil_image(want), 10))
     assert read_image(path, upright=False).equal(read_pixels(file))
     cut_short(path, len(plain) // 2)  # broken pixels are an error still
     with pytest.raises((OSError, SyntaxError, ValueError)):
@@ -553,7 +610,8 @@ def cut_short(file, left=2000):
     (lambda root: shutil.rmtree(root / "train/dog"), ["one class only (cat)"]),
     (lambda root: (root / "test/dog").rename(root / "test/cow"),
      ["only in {}/train: dog; only in {}/test: cow"]),
-    (lambda root: [file.rename(f"{file}.txt") for file in (root / "train/dog").iterdir()], ["in class dog"]),
+    (lambda root: [file.rename(f"{file}.txt") for file in (root / "train/dog").iterdir()],
+     ["in class dog"]),
     (lambda root: os.mkfifo(root / "test/dog/3.png"),
      ["{}/test/dog/3.png is no file (a FIFO"]),  # open() would wait
     (lambda root: cut_short(root / "test/dog/1.png"), ["cannot read image {}/test/dog/1.png ("])])
@@ -592,14 +650,17 @@ def test_folder_names_what_it_leaves_out(tmp_path):
     write_folder(root / "train", splits=(".checkpoints",))
     loaded = data.load("folder", root, stream=True)
     assert loaded.classes == ["cat", "dog"]
-    assert list(zip(loaded.train_files.astype(str), loaded.train_labels.tolist(), strict=True)) == usual
+    assert list(zip(loaded.train_files.astype(str), loaded.train_labels.tolist(),
+                    strict=True)) == usual
     [note] = loaded.notes
     assert f'{root / "train"}: 3 files or links skipped' in note and f'{cat / "a.txt"}, ' in note
 
 
 def test_links(tmp_path):
-    """To a class and to images they are followed, to a folder inside a class counted; upward none hangs."""
-    root, elsewhere = tmp_path / "root", write_folder(tmp_path / "elsewhere", splits=("all",)) / "all"
+    """To a class and to images they are followed, to a folder inside a class counted;
+    upward none hangs."""
+    root, elsewhere = (tmp_path / "root",
+                       write_folder(tmp_path / "elsewhere", splits=("all",)) / "all")
     (root / "train" / "dog").mkdir(parents=True)
     (root / "train" / "cat").symlink_to(elsewhere / "cat")
     for file in (elsewhere / "dog").iterdir():
@@ -608,7 +669,8 @@ def test_links(tmp_path):
 
     def files(**more):
         loaded, found = data.load("folder", root, stream=True), dict(**more, cat="", dog="")
-        assert loaded.classes == list(found) and loaded.train_labels.bincount().tolist() == [3] * len(found)
+        assert (loaded.classes == list(found)
+                and loaded.train_labels.bincount().tolist() == [3] * len(found))
         want = itertools.product(found.items(), range(3))
         want = [f"train/{name}/{deep}{i}.png" for (name, deep), i in want]
         assert loaded.train_files.astype(str).tolist() == want
@@ -619,7 +681,8 @@ def test_links(tmp_path):
     (elsewhere / "cat" / "up").symlink_to(root)
     (root / "train" / "dog" / "self").symlink_to(root / "train" / "dog")
     skipped = ", ".join(str(root / "train" / name) for name in ("cat/dogs", "cat/up", "dog/self"))
-    assert files().notes[0] == f'{root / "train"}: 3 files or links skipped, not images of a class: {skipped}'
+    assert files().notes[0] == (f'{root / "train"}: 3 files or links skipped, '
+                                f'not images of a class: {skipped}')
     (root / "train" / "all").symlink_to(root)  # a class, of what lies below and is no link
     files(all="train/dog/")
 
@@ -652,12 +715,14 @@ def test_stream_gives_the_same_bits_with_any_workers_from_any_step(stream):
 
 
 def test_stream_crops_are_a_function_of_the_image(stream):
-    """The same image in another batch has the same crop; without its flip it is the mirror image."""
+    """The same image in another batch has the same crop;
+    without its flip it is the mirror image."""
     def by_index(dataset, batch_size, pairs, seed=1, epoch=2):
         images, _, index = columns(dataset.train_batches(batch_size, seed, epoch, pairs=pairs))
         return images[index.argsort()]
 
-    pairs, crop = by_index(stream, 20, True), by_index(replace(stream, augmentation="crop"), 20, True)
+    pairs, crop = (by_index(stream, 20, True),
+                   by_index(replace(stream, augmentation="crop"), 20, True))
     assert pairs.equal(by_index(stream, 30, False))
     for seed, epoch in ((1, 3), (2, 2)):
         assert (by_index(stream, 20, True, seed, epoch) != pairs).flatten(1).any(1).all()
@@ -671,18 +736,22 @@ def test_stream_views_are_those_of_torchvision(stream):
         return (255 * got - want).abs().max() < 1.01
 
     image = read_image(os.path.join(stream.data_dir, "test", "cat", "0.jpg"))
-    assert image.equal(tvf.pil_to_tensor(Image.open(os.path.join(stream.data_dir, "test", "cat", "0.jpg"))))
-    centre = tvf.center_crop(tvf.resize(image, [37], antialias=True), [32, 32])  # 37 = round(32 * 256 / 224)
+    assert image.equal(tvf.pil_to_tensor(
+        Image.open(os.path.join(stream.data_dir, "test", "cat", "0.jpg"))))
+    # 37 = round(32 * 256 / 224)
+    centre = tvf.center_crop(tvf.resize(image, [37], antialias=True), [32, 32])
     assert stream.resize == 37 and close(next(stream.test_batches())[0][0], centre)
     images, _, index = next(replace(stream, augmentation="none").train_batches(20, 0, 0))
-    again = torch.cat([batch[0] for batch in replace(stream, test_files=stream.train_files).test_batches()])
+    again = torch.cat([
+        batch[0] for batch in replace(stream, test_files=stream.train_files).test_batches()])
     assert images.equal(again[index])
 
 
 @pytest.mark.parametrize("size", [(20, 331), (331, 20), (3, 3000), (1, 20000), (20001, 1)])
 def test_a_long_picture_is_cut_before_it_is_resized(size):
     """The middle is that of the whole one resized; the memory is that of an ordinary picture."""
-    image = torch.randint(256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = torch.randint(256, (3, *size), dtype=torch.uint8,
+                          generator=torch.Generator().manual_seed(0))
     view, seen = CentreView(8, 6), []
     usual = view.transform
     view.transform = lambda image: seen.append(image.shape) or usual(image)
@@ -696,12 +765,14 @@ COORDINATES = torch.stack([Y, X, torch.zeros(H, W)])
 
 
 def boxes(key, flip=True, count=2000):
-    """What views of COORDINATES show: top, left, height, width, int64 [n, 4]; whether flipped, bool [n]."""
+    """What views of COORDINATES show:
+    top, left, height, width, int64 [n, 4]; whether flipped, bool [n]."""
     view = RandomView(8, flip)
     views = torch.stack([view(COORDINATES, f"{key},{i}") for i in range(count)])  # [n, 3, 8, 8]
     y, x = views[:, 0, :, 0], views[:, 1, 0]  # [n, 8] each
     flipped = x[:, 0] > x[:, -1]
-    size = torch.stack([(c[:, 6] - c[:, 1]).abs() / 5 * 8 for c in (y, x)], 1).round()  # 0 and 7: cut filters
+    # 0 and 7: cut filters
+    size = torch.stack([(c[:, 6] - c[:, 1]).abs() / 5 * 8 for c in (y, x)], 1).round()
     corner = torch.stack([c.mean(1) + 0.5 for c in (y, x)], 1) - size / 2
     assert (corner - corner.round()).abs().max() < 0.1
     return torch.cat([corner.round(), size], 1).long(), flipped
@@ -710,7 +781,8 @@ def boxes(key, flip=True, count=2000):
 def test_random_views_are_those_of_random_resized_crop():
     torch.manual_seed(0)
     limits = torch.empty(3, H, W), (0.08, 1), (3 / 4, 4 / 3)
-    (mine, flipped), theirs = boxes("key"), [RandomResizedCrop.get_params(*limits) for _ in range(2000)]
+    (mine, flipped), theirs = boxes("key"), [
+        RandomResizedCrop.get_params(*limits) for _ in range(2000)]
     mine, theirs = mine.double(), torch.tensor(theirs).double()
     for statistic in (lambda box: box, lambda box: box[:, 2] * box[:, 3],
                       lambda box: (box[:, 3] / box[:, 2]).log()):
@@ -729,7 +801,8 @@ def test_a_random_view_is_a_function_of_its_key_and_number():
     torch.manual_seed(4)
     again, other = boxes("0,1", count=100), boxes("0,2", count=100)
     assert first.equal(again[0]) and flipped.equal(again[1])
-    assert len(first.unique(dim=0)) == 100 and not (first == other[0]).all(1).any()  # two numbers, two keys
+    # two numbers, two keys
+    assert len(first.unique(dim=0)) == 100 and not (first == other[0]).all(1).any()
     assert not flipped.equal(other[1])
     assert first.equal(plain) and not never.any()
 
@@ -771,7 +844,8 @@ def test_errors_in_workers_are_not_called_broken_images():
 def test_workers_stay_where_their_start_takes_long(method, stay, stream, monkeypatch):
     """The batches are those of this process, behind an epoch that was left in its middle too."""
     monkeypatch.setattr("support.images.get_start_method", lambda: method)
-    before, worked, alone = set(multiprocessing.active_children()), replace(stream, workers=2), replace(stream, workers=0)
+    before, worked, alone = (set(multiprocessing.active_children()),
+                             replace(stream, workers=2), replace(stream, workers=0))
     workers = []
     for epoch in range(4):
         batches = worked.train_batches(4, 0, epoch)
@@ -779,7 +853,8 @@ def test_workers_stay_where_their_start_takes_long(method, stay, stream, monkeyp
             next(batches)
             batches.close()
         else:
-            for theirs in alone.train_batches(4, 0, epoch):  # asks for no more than the last, as train.py
+            # asks for no more than the last, as train.py
+            for theirs in alone.train_batches(4, 0, epoch):
                 assert all(a.equal(b) for a, b in zip(next(batches), theirs, strict=True))
         workers.append({child.pid for child in set(multiprocessing.active_children()) - before})
     assert [len(w) for w in workers] == [2, 2, 0, 2]
@@ -793,17 +868,20 @@ def test_workers_stay_where_their_start_takes_long(method, stay, stream, monkeyp
 def test_workers_leave_signals_to_the_program_and_a_killed_one_is_one_line(stream, monkeypatch):
     poll = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
     monkeypatch.setattr(poll, "__defaults__", (0.1,))  # seconds, 5 otherwise
-    before, batches = multiprocessing.active_children(), replace(stream, workers=1).train_batches(2, 0, 0)
+    before, batches = (multiprocessing.active_children(),
+                       replace(stream, workers=1).train_batches(2, 0, 0))
     next(batches)
     [worker] = set(multiprocessing.active_children()) - set(before)
-    assert os.getpgid(worker.pid) == worker.pid  # what is sent to the program's group does not reach it
+    # what is sent to the program's group does not reach it
+    assert os.getpgid(worker.pid) == worker.pid
     os.kill(worker.pid, signal.SIGINT)
     for _ in range(9):
         next(batches)
     os.kill(worker.pid, signal.SIGKILL)
     os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
     time.sleep(0.01)  # nothing is raised here, in the middle of a step
-    with pytest.raises(ImageError, match="a process that reads images has ended .*--workers") as caught:
+    with pytest.raises(
+            ImageError, match="a process that reads images has ended .*--workers") as caught:
         list(batches)
     assert "\n" not in str(caught.value)
 
@@ -822,15 +900,18 @@ class Trap:
 
 @pytest.fixture(params=["cifar100", "cifar10"])
 def stand_in(request, tmp_path, monkeypatch):
-    """A small archive of the real layout and its MD5 sums, for torchvision's class; it stands in for the server."""
+    """A small archive of the real layout and its MD5 sums, for torchvision's class;
+    it stands in for the server."""
     cifar = data.CIFAR[request.param][0]
     key = "fine_labels" if request.param == "cifar100" else "labels"
     source = tmp_path / "source" / cifar.base_folder
     source.mkdir(parents=True)
     pixels, sums = {}, {}
-    for i, (name, _) in enumerate(cifar.train_list + cifar.test_list + [[cifar.meta["filename"], ""]]):
+    for i, (name, _) in enumerate(
+            cifar.train_list + cifar.test_list + [[cifar.meta["filename"], ""]]):
         pixels[name] = np.random.default_rng(i).integers(0, 256, (6, 3 * 32 * 32), dtype=np.uint8)
-        content = {"data": pixels[name], key: [0, 1, 2, 2, 1, 0], cifar.meta["key"]: ["apple", "bear", "cup"]}
+        content = {"data": pixels[name], key: [0, 1, 2, 2, 1, 0],
+                   cifar.meta["key"]: ["apple", "bear", "cup"]}
         (source / name).write_bytes(pickle.dumps(content))
         sums[name] = hashlib.md5((source / name).read_bytes()).hexdigest()
     archive = tmp_path / "source" / cifar.filename
@@ -860,7 +941,8 @@ def test_cifar_is_fetched_checked_and_unpacked(stand_in, tmp_path, capsys):
                                   (loaded.test_images, loaded.test_labels, cifar.test_list)):
         want = np.concatenate([pixels[file] for file, _ in files])
         want = want.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        assert images.dtype == torch.uint8 and images.is_contiguous() and np.array_equal(images.numpy(), want)
+        assert (images.dtype == torch.uint8 and images.is_contiguous()
+                and np.array_equal(images.numpy(), want))
         assert labels.dtype == torch.int64 and labels.tolist() == [0, 1, 2, 2, 1, 0] * len(files)
     assert loaded.classes == ["apple", "bear", "cup"]
     archive.unlink()
@@ -903,25 +985,31 @@ def test_cifar_never_unpacks_a_changed_archive(stand_in, tmp_path):
     assert f"{tmp_path / cifar.filename} found there is damaged" in message(name, tmp_path)
 
 
-WAYS_OUT = ["https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "{}/cifar-100-python.tar.gz",
-            "--dataset folder --data-dir DIR", "--dataset synthetic"]
+WAYS_OUT = ["https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+            "{}/cifar-100-python.tar.gz",
+            "--dataset folder --data-dir DIR",
+            "--dataset synthetic"]
 
 
 @pytest.mark.parametrize("where, error, words", [
-    (urllib.request, URLError("Name or service not known"), ["Name or service not known", *WAYS_OUT]),
+    (urllib.request, URLError("Name or service not known"),
+     ["Name or service not known", *WAYS_OUT]),
     (urllib.request, TimeoutError("timed out"), ["timed out", *WAYS_OUT]),
     (data.datasets.cifar, OSError(28, "No space left on device"),
      ["--data-dir {}", "No space left on device"])])
-def test_cifar_without_network_or_disk_names_the_ways_out(tmp_path, monkeypatch, where, error, words):
+def test_cifar_without_network_or_disk_names_the_ways_out(
+        tmp_path, monkeypatch, where, error, words):
     timeouts = []
 
     def fail(*args, **kwargs):
         timeouts.append(data.socket.getdefaulttimeout())
         raise error
 
-    monkeypatch.setattr(where, "urlopen" if where is urllib.request else "download_and_extract_archive", fail)
+    monkeypatch.setattr(
+        where, "urlopen" if where is urllib.request else "download_and_extract_archive", fail)
     told = message("cifar100", tmp_path)
     assert [word for word in words if word.replace("{}", str(tmp_path)) not in told] == [], told
-    assert all(0 < t <= 20 for t in timeouts) and timeouts and data.socket.getdefaulttimeout() is None
+    assert (all(0 < t <= 20 for t in timeouts) and timeouts
+            and data.socket.getdefaulttimeout() is None)
     (tmp_path / "file").write_text("")
     assert f'--data-dir {tmp_path / "file"}: cannot hold' in message("cifar100", tmp_path / "file")

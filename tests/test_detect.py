@@ -1,4 +1,5 @@
-"""detect.py: annotations, AP, the detector, runs that resume bit for bit, and errors in one line."""
+"""detect.py: annotations, AP, the detector, runs that resume bit for bit,
+and errors in one line."""
 
 import functools
 import itertools
@@ -60,7 +61,8 @@ def write_set(root, train=5, test=3):
         for i in range(n):
             size, boxes = (64, 48) if i % 2 else (48, 64), [(4 + i, 6, 24, 14), (30, 20, 10, 22)]
             save_image(root / part / f"{i}.png", size, boxes, seed=i)
-            content["images"].append(dict(id=i, file_name=f"{i}.png", width=size[0], height=size[1]))
+            content["images"].append(
+                dict(id=i, file_name=f"{i}.png", width=size[0], height=size[1]))
             content["annotations"] += [dict(id=2 * i + k, image_id=i, category_id=(7, 3)[k], bbox=b,
                                             area=b[2] * b[3], iscrowd=0, segmentation=rectangle(*b))
                                        for k, b in enumerate(boxes)]
@@ -133,7 +135,8 @@ def whole(own, tmp_path_factory):
 
 @pytest.fixture
 def fails(run, capsys):
-    """Run detect.py, which is to end by this status and one line with all these words, and save nothing."""
+    """Run detect.py, which is to end by this status and one line with all these words,
+    and save nothing."""
     def fails(*flags, words=(), status=1):
         with pytest.raises(SystemExit) as end:
             run(*flags)
@@ -149,7 +152,8 @@ def fails(run, capsys):
 # ---------------------------------------------------------------- data
 
 def test_odd_annotations(tmp_path):
-    """What COCO's files hold: crowds, no objects, several polygons, RLE of both kinds; what others' do."""
+    """What COCO's files hold: crowds, no objects, several polygons, RLE of both kinds;
+    what others' do."""
     blob = np.zeros((40, 30), np.uint8, order="F")
     blob[5:15, 10:18] = 1
     packed = tools.encode(blob)
@@ -173,7 +177,8 @@ def test_odd_annotations(tmp_path):
     annotations = [dict(id=k, image_id=i, category_id=c, bbox=box, segmentation=mask, **rest)
                    for k, (i, c, box, mask, rest) in enumerate(objects)]
     for part in ("train", "val"):
-        save_json(tmp_path, part, dict(images=images, annotations=annotations, categories=categories))
+        save_json(tmp_path, part,
+                  dict(images=images, annotations=annotations, categories=categories))
     for i in (0, 3, 5, 8):
         save_image(tmp_path / "train" / f"{i}.png", (30, 40))
     train, test = load_splits("own", tmp_path)
@@ -181,16 +186,19 @@ def test_odd_annotations(tmp_path):
     assert train.ids == [0, 8]  # 5 has no object, 3 one below a pixel; 8's crowd counts
     image, target = train.load(0)
     assert image.shape == (3, 40, 30) and image.dtype == torch.uint8
-    assert target["boxes"].tolist() == [[0, 0, 15, 15], [10, 5, 18, 15], [10, 5, 18, 15], [25, 30, 30, 40]]
+    assert target["boxes"].tolist() == [
+        [0, 0, 15, 15], [10, 5, 18, 15], [10, 5, 18, 15], [25, 30, 30, 40]]
     assert target["labels"].tolist() == [2, 1, 1, 1]
     assert all(torch.equal(target["masks"][k], torch.from_numpy(blob)) for k in (1, 2))
     assert target["masks"].sum((1, 2)).tolist() == [49, 80, 80, 50]
     flipped_image, flipped = train.load(0, flip=True)
     assert torch.equal(flipped_image, image.flip(-1))
     assert torch.equal(flipped["masks"], target["masks"].flip(-1))
-    assert flipped["boxes"].tolist() == [[15, 0, 30, 15], [12, 5, 20, 15], [12, 5, 20, 15], [0, 30, 5, 40]]
+    assert flipped["boxes"].tolist() == [
+        [15, 0, 30, 15], [12, 5, 20, 15], [12, 5, 20, 15], [0, 30, 5, 40]]
     _, empty = train.load(8)
-    assert {k: v.shape for k, v in empty.items()} == dict(boxes=(0, 4), labels=(0,), masks=(0, 40, 30))
+    assert {k: v.shape for k, v in empty.items()} == dict(
+        boxes=(0, 4), labels=(0,), masks=(0, 40, 30))
 
 
 def compressed(h, w):
@@ -208,29 +216,41 @@ def mask(counts, size=(40, 30)):
 
 
 NAN, INF = float("nan"), float("inf")
-OUTSIDE, COUNTS = "coordinates that are no finite numbers, or lie outside the image of 30x40", "the counts of its mask"
+OUTSIDE, COUNTS = ("coordinates that are no finite numbers, or lie outside the image of 30x40",
+                   "the counts of its mask")
 
 
 @pytest.mark.parametrize("change, words", [
-    *((dict(segmentation=compressed(*size)), f"its mask has the size {list(size)}, the image [40, 30]")
+    *((dict(segmentation=compressed(*size)),
+       f"its mask has the size {list(size)}, the image [40, 30]")
       for size in ((30, 40), (60, 50))),
     *((mask(counts), COUNTS) for counts in (
-        [4, 10], [4, 10, 1187], [4, -10, 1206], [4.5, 10, 1185.5], [4, NAN, 1186], [4, None, 1186], [4, INF], [],
-        [4, 10, 1186 + 2 ** 32], compressed(30, 30)["counts"], compressed(40, 30)["counts"][:-1], "no RLE", "é")),
+        [4, 10], [4, 10, 1187], [4, -10, 1206], [4.5, 10, 1185.5],
+        [4, NAN, 1186], [4, None, 1186], [4, INF], [], [4, 10, 1186 + 2 ** 32],
+        compressed(30, 30)["counts"], compressed(40, 30)["counts"][:-1], "no RLE", "é")),
     *((polygon(*point), OUTSIDE) for point in (
-        (1e8, 5), (5, 1e12), (-1e8, 5), (5, -100), (INF, 5), (5, NAN), (None, 5), ("5", 5), (10 ** 400, 5))),
-    (polygon(1, 2, 3), "odd number"), (dict(segmentation=[[31, 1, 35, 1, 35, 5]]), OUTSIDE),
+        (1e8, 5), (5, 1e12), (-1e8, 5), (5, -100), (INF, 5), (5, NAN), (None, 5), ("5", 5),
+        (10 ** 400, 5))),
+    (polygon(1, 2, 3), "odd number"),
+    (dict(segmentation=[[31, 1, 35, 1, 35, 5]]), OUTSIDE),
     (dict(segmentation=[5, 5, 9, 5, 9, 9]), "TypeError"),
-    *((dict(bbox=box), OUTSIDE) for box in ([NAN, 5, 8, 8], [1, 5, INF, 8], [1, 5, 1e8, 8], [31, 5, 8, 8], [*"1588"])),
-    (dict(bbox=[20, 20, -5, 5], area=9), "below 0"), (dict(bbox=[1, None, 5, 5]), "TypeError"),
-    *((dict(area=area), "its area") for area in (NAN, INF, -1)), (dict(iscrowd=2), "iscrowd is 2"),
-    (dict(iscrowd=NAN), "NaN"), (dict(category_id=3), "no category has the id 3"),
-    (dict(image_id=7), "annotation 5 is of image 7, which is not listed")])
+    *((dict(bbox=box), OUTSIDE) for box in (
+        [NAN, 5, 8, 8], [1, 5, INF, 8], [1, 5, 1e8, 8], [31, 5, 8, 8], [*"1588"])),
+    (dict(bbox=[20, 20, -5, 5], area=9), "below 0"),
+    (dict(bbox=[1, None, 5, 5]), "TypeError"),
+    *((dict(area=area), "its area") for area in (NAN, INF, -1)),
+    (dict(iscrowd=2), "iscrowd is 2"),
+    (dict(iscrowd=NAN), "NaN"),
+    (dict(category_id=3), "no category has the id 3"),
+    (dict(image_id=7), "annotation 5 is of image 7, which is not listed"),
+])
 def test_annotations_are_held_against_their_images(tmp_path, change, words):
     """One line at loading names the image; nothing is drawn or allocated by wrong numbers."""
-    good = dict(id=4, image_id=0, category_id=2, bbox=[10, 5, 8, 10], area=None, segmentation=compressed(40, 30))
+    good = dict(id=4, image_id=0, category_id=2, bbox=[10, 5, 8, 10], area=None,
+                segmentation=compressed(40, 30))
     content = dict(images=[dict(id=i, file_name=f"{i}.png", width=30, height=40) for i in (0, 1)],
-                   annotations=[good, {**good, "id": 5, "image_id": 1} | change], categories=[dict(id=2, name="a")])
+                   annotations=[good, {**good, "id": 5, "image_id": 1} | change],
+                   categories=[dict(id=2, name="a")])
     save_json(tmp_path, "val", content)
     with pytest.raises(UserError) as error:
         load_splits("own", tmp_path, splits=["val"])
@@ -239,11 +259,16 @@ def test_annotations_are_held_against_their_images(tmp_path, change, words):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(id=0), "two images have the id 0: 0.png, 1.png"), (dict(width=NAN), "image 1 lacks a name or a size"),
-    (dict(height=40.5), "image 1 lacks"), (dict(width="30"), "image 1 lacks"), (dict(file_name=5), "image 1 lacks")])
+    (dict(id=0), "two images have the id 0: 0.png, 1.png"),
+    (dict(width=NAN), "image 1 lacks a name or a size"),
+    (dict(height=40.5), "image 1 lacks"),
+    (dict(width="30"), "image 1 lacks"),
+    (dict(file_name=5), "image 1 lacks"),
+])
 def test_images_of_one_id_or_of_no_size_are_named(tmp_path, change, words):
     images = [dict(id=i, file_name=f"{i}.png", width=30, height=40) for i in (0, 1)]
-    save_json(tmp_path, "val", dict(images=[images[0], images[1] | change], annotations=[], categories=[]))
+    save_json(tmp_path, "val",
+              dict(images=[images[0], images[1] | change], annotations=[], categories=[]))
     with pytest.raises(UserError, match=re.escape(words)):
         load_splits("own", tmp_path, splits=["val"])
 
@@ -253,7 +278,9 @@ def test_one_reader(tmp_path):
     write_set(tmp_path, train=4, test=4)
     gray = (np.arange(48 * 64).reshape(48, 64) * 21).astype(np.uint16)
     colors = np.random.default_rng(0).integers(0, 256, (48, 64, 4), dtype=np.uint8)
-    pictures = {"deep.png": gray, "real.tif": (gray / 65535).astype(np.float32), "clear.png": colors}
+    pictures = {"deep.png": gray,
+                "real.tif": (gray / 65535).astype(np.float32),
+                "clear.png": colors}
     for name, pixels in pictures.items():
         Image.fromarray(pixels).save(tmp_path / "val" / name)
     turned = Image.Exif()
@@ -263,7 +290,8 @@ def test_one_reader(tmp_path):
     for number, name in enumerate([*pictures, "turned.jpg"]):
         test.index.imgs[number] |= dict(file_name=name, width=64, height=48)
         image, upright = test.load(number)[0], read_image(tmp_path / "val" / name)
-        assert image.equal(upright.rot90(1, (1, 2)) if name == "turned.jpg" else upright) and image.float().std() > 40
+        assert (image.equal(upright.rot90(1, (1, 2)) if name == "turned.jpg" else upright)
+                and image.float().std() > 40)
 
 
 def test_a_box_that_may_vanish_when_it_is_resized_is_left_out(own):
@@ -274,7 +302,10 @@ def test_a_box_that_may_vanish_when_it_is_resized_is_left_out(own):
     assert train.load(0)[1]["boxes"].shape == (1, 4) == train.load(0, flip=True)[1]["boxes"].shape
 
 
-@pytest.mark.parametrize("images,masks", [("images", "masks/{}.png"), ("PNGImages", "PedMasks/{}_mask.png")])
+@pytest.mark.parametrize("images,masks", [
+    ("images", "masks/{}.png"),
+    ("PNGImages", "PedMasks/{}_mask.png"),
+])
 def test_pennfudan(tmp_path, images, masks):
     for i in range(6):
         numbers = np.zeros((20, 24), np.uint8)
@@ -297,12 +328,21 @@ UNLIKE = THREE + np.array([0, 0, 1], np.uint8)
 
 
 @pytest.mark.parametrize("mask, ending, areas", [
-    (NUMBERS, "PNG", [6, 4]), (NUMBERS, "bmp", [6, 4]), (NUMBERS.astype(np.uint16), "png", [6, 4]),
-    (NUMBERS.astype(np.float32), "tif", [6, 4]), (NUMBERS > 0, "png", [10]), (THREE, "png", [6, 4]),
-    (np.append(THREE, OPAQUE, -1), "png", [6, 4]), (np.append(THREE, THREE[..., :1] * 100, -1), "png", [6, 4]),
-    (np.append(THREE[..., :1], OPAQUE, -1), "png", [6, 4]), (UNLIKE, "png", "mode RGB"),
-    (np.append(UNLIKE, OPAQUE, -1), "png", "mode RGBA"), (np.append(THREE, 0 * OPAQUE, -1), "png", "mode RGBA"),
-    (NUMBERS.astype(np.float32) / 2, "tif", "no whole numbers"), (NUMBERS, "jpg", "No such file")])
+    (NUMBERS, "PNG", [6, 4]),
+    (NUMBERS, "bmp", [6, 4]),
+    (NUMBERS.astype(np.uint16), "png", [6, 4]),
+    (NUMBERS.astype(np.float32), "tif", [6, 4]),
+    (NUMBERS > 0, "png", [10]),
+    (THREE, "png", [6, 4]),
+    (np.append(THREE, OPAQUE, -1), "png", [6, 4]),
+    (np.append(THREE, THREE[..., :1] * 100, -1), "png", [6, 4]),
+    (np.append(THREE[..., :1], OPAQUE, -1), "png", [6, 4]),
+    (UNLIKE, "png", "mode RGB"),
+    (np.append(UNLIKE, OPAQUE, -1), "png", "mode RGBA"),
+    (np.append(THREE, 0 * OPAQUE, -1), "png", "mode RGBA"),
+    (NUMBERS.astype(np.float32) / 2, "tif", "no whole numbers"),
+    (NUMBERS, "jpg", "No such file"),
+])
 def test_pennfudan_as_people_save_it(tmp_path, mask, ending, areas):
     """Masks of any mode that leaves no doubt, endings in any case; what is in doubt is named."""
     for i, kind in enumerate(["jpg", "JPG", "jpeg", "PNG", "png"]):
@@ -326,7 +366,8 @@ def test_a_mask_of_16_bits_in_several_channels_is_named(monkeypatch):
 
 
 def test_order():
-    """An image comes once an epoch, with its like; shares make up the whole; a resumed order is the rest."""
+    """An image comes once an epoch, with its like; shares make up the whole;
+    a resumed order is the rest."""
     images = {10 * i: dict(width=2 + i % 3, height=3) for i in range(23)}
     pictures = Pictures(Path(), Namespace(imgs=images), list(images), [])
 
@@ -360,7 +401,8 @@ def test_broken_image(own):
 def test_evaluation_sees_each_image_as_it_is(own, monkeypatch):
     """In the order of the ids, not flipped."""
     _, test = load_splits("own", own)
-    none = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0), scores=torch.zeros(0), masks=torch.zeros(0, 1, 1))
+    none = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0), scores=torch.zeros(0),
+                masks=torch.zeros(0, 1, 1))
     seen = []
     monkeypatch.setattr(detect, "detect", lambda model, image, device: seen.append(image) or none)
     detect.evaluate(Namespace(workers=0, device=torch.device("cpu")), test, None, Processes({}))
@@ -375,16 +417,19 @@ def test_average_precision(own, tmp_path):
         found = []
         for i in test.ids:
             target = test.load(i)[1]
-            target["masks"], target["boxes"] = target["masks"].roll(shift, -1).bool(), target["boxes"] + shift
+            target["masks"], target["boxes"] = (target["masks"].roll(shift, -1).bool(),
+                                                target["boxes"] + shift)
             target["scores"] = torch.full((len(target["boxes"]),), score)
             found += detect.as_results(target, i, sorted(test.index.cats))
         return found
 
-    assert detect.average_precision(test.index, results(0, 0.9)) == dict.fromkeys(detect.SCORES, 100.0)
+    assert detect.average_precision(test.index, results(0, 0.9)) == dict.fromkeys(
+        detect.SCORES, 100.0)
     assert detect.average_precision(test.index, []) == dict.fromkeys(detect.SCORES, 0.0)
     mixed = results(2, 0.5) + results(1, 0.4)[::2]
     truth = json.loads((own / "annotations/instances_val.json").read_text())
-    for number, a in enumerate(truth["annotations"]):  # pycocotools on files loses the object numbered 0
+    # pycocotools on files loses the object numbered 0
+    for number, a in enumerate(truth["annotations"]):
         a["id"] = number + 1
     (tmp_path / "truth").write_text(json.dumps(truth))
     (tmp_path / "found").write_text(json.dumps(mixed, default=bytes.decode))
@@ -412,7 +457,8 @@ def options(*more):
 
 def one_step(args, model, own):
     """A training step on two images. Returns the losses."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1, weight_decay=0.1)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], 0.1, weight_decay=0.1)
     run = Namespace(optimizers=[optimizer], processes=Processes({}), epoch=0, total_steps=9)
     train, _ = load_splits("own", own)
     torch.manual_seed(0)
@@ -424,23 +470,26 @@ def one_step(args, model, own):
     ("resnet18", ["layer1", "layer2", "layer3", "layer4"]),
     ("shufflenet_v2_x0_5", ["maxpool", "stage2", "stage3", "stage4"])])
 def test_backbones(arch, layers, tmp_path):
-    """A student file and torchvision's weights give the maps that torchvision's own layers and FPN give, with
-    the file's mean; the heads are drawn as over random weights."""
+    """A student file and torchvision's weights give the maps
+    that torchvision's own layers and FPN give, with the file's mean;
+    the heads are drawn as over random weights."""
     net = torchvision.models.get_model(arch, num_classes=4).eval()
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.uniform_(-1, 1)
             module.running_var.uniform_(1, 2)
-    file = dict(state_dict=net.state_dict(), architecture=arch, classes=[*"abcd"], mean=(.4, .5, .6),
-                std=(.1, .2, .3), image_size=64, resize=64)
+    file = dict(state_dict=net.state_dict(), architecture=arch, classes=[*"abcd"],
+                mean=(.4, .5, .6), std=(.1, .2, .3), image_size=64, resize=64)
     torch.save(file, tmp_path / "student.pt")
     older = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     torch.save(older, tmp_path / "plain.pth")
     image, whole = torch.rand(1, 3, 64, 64), len(models.Backbone(arch, 1000).state_dict())
     for name, mean in (("student.pt", [.4, .5, .6]), ("plain.pth", [.485, .456, .406])):
         taken, *mean_std, words = detect.load_backbone(str(tmp_path / name), arch)
-        assert f"{name}: {whole - 2} of {whole} tensors taken; the classifier stays as drawn" in words
-        model = detect.build(options("--arch", arch), ["a"], *mean_std, taken).train()  # BN is frozen
+        assert (f"{name}: {whole - 2} of {whole} tensors taken; "
+                "the classifier stays as drawn") in words
+        # BN is frozen
+        model = detect.build(options("--arch", arch), ["a"], *mean_std, taken).train()
         assert model.transform.image_mean == mean
         with torch.no_grad():
             maps, found = model.backbone.body.maps(image), model.backbone(image)
@@ -449,16 +498,20 @@ def test_backbones(arch, layers, tmp_path):
             theirs.fpn.load_state_dict(model.backbone.pyramid.state_dict())
             torch.testing.assert_close(maps, list(theirs.body(image).values()))
             torch.testing.assert_close(found, dict(theirs(image)))
-        assert [m.shape[-1] for m in found.values()] == [64 // stride for stride in (4, 8, 16, 32, 64)]
-    heads, state = model.state_dict(), detect.build(options("--arch", arch), ["a"], *mean_std).state_dict()
+        assert [m.shape[-1] for m in found.values()] == [
+            64 // stride for stride in (4, 8, 16, 32, 64)]
+    heads, state = (model.state_dict(),
+                    detect.build(options("--arch", arch), ["a"], *mean_std).state_dict())
     assert all(torch.equal(state[k], heads[k]) for k in state if "backbone.body" not in k)
     assert not torch.equal(*(s["backbone.body.stages.3.0.conv1.weight" if arch == "resnet18" else
-                               "backbone.body.stages.3.0.branch2.0.weight"] for s in (heads, state)))
+                               "backbone.body.stages.3.0.branch2.0.weight"]
+                             for s in (heads, state)))
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_a_backbone_of_each_family(arch):
-    """FPN reads the stages' maps at strides 4 to 32; batch norm, where there is any, is constant."""
+    """FPN reads the stages' maps at strides 4 to 32;
+    batch norm, where there is any, is constant."""
     model = detect.build(options("--arch", arch), ["a"], *data.IMAGENET).train()
     body, found = model.backbone.body, model.backbone(torch.rand(1, 3, 64, 64))
     assert [m.shape[1:] for m in found.values()] == [(detect.WIDTH, n, n) for n in (16, 8, 4, 2, 1)]
@@ -474,10 +527,12 @@ def test_layers_of_a_transformer_that_learn(own):
     before = {name: p.clone() for name, p in body.named_parameters()}
     losses = one_step(options("--arch", "little_swin"), model, own)
     assert all(value.isfinite() for value in losses.values())
-    same = {name.rsplit(".", 1)[0] for name, p in body.named_parameters() if torch.equal(p, before[name])}
+    same = {name.rsplit(".", 1)[0] for name, p in body.named_parameters()
+            if torch.equal(p, before[name])}
     first = ("stem.", "stages.0.")
     assert same and all(name.startswith(first) for name in same)
-    assert not [name for name in before if name.startswith(first) and not torch.equal(before[name], body.get_parameter(name))]
+    assert not [name for name in before if name.startswith(first)
+                and not torch.equal(before[name], body.get_parameter(name))]
 
 
 def test_a_student_of_ones_own(run, fails):
@@ -485,13 +540,15 @@ def test_a_student_of_ones_own(run, fails):
     for name, stride in (("right", 2), ("wrong", 1)):
         Path(f"{name}.py").write_text(
             "from torch import nn\nfrom support.architectures import ARCHITECTURES\n"
-            "layer = lambda inputs, stride: nn.Sequential(nn.Conv2d(inputs, 8, 3, stride, 1), nn.ReLU())\n"
+            "layer = lambda inputs, stride: nn.Sequential("
+            "nn.Conv2d(inputs, 8, 3, stride, 1), nn.ReLU())\n"
             "class Four:\n    stages, width = 4, 8\n"
             f"    def stem(self): return layer(3, {stride})\n"
             "    def stage(self, s): return layer(8, 2)\n    def tail(self): return nn.Identity()\n"
             f"    def initialise(self, module): pass\nARCHITECTURES['{name}'] = Four()\n")
     try:
-        fails("--arch", "wrong", "--model-file", "wrong.py", words=["strides 4, 8, 16 and 32; this student's have 2, 4, 8"])
+        fails("--arch", "wrong", "--model-file", "wrong.py",
+              words=["strides 4, 8, 16 and 32; this student's have 2, 4, 8"])
         fails("--arch", "right", words=["--arch", "unknown student 'right'"], status=2)
         log = run("--arch", "right", "--model-file", "right.py", "--epochs", 1)
         assert log[-1]["step"] == 2
@@ -516,15 +573,18 @@ def test_backbones_of_another_architecture_are_refused(tmp_path):
     ((), "layer2 layer3 layer4", ""),
     (("--freeze", 0), "conv1 layer1 layer2 layer3 layer4", ""),
     (("--freeze", 2, "--batch-norm", "train"), "layer3 layer4", "layer3 layer4"),
-    (("--backbone", "random"), "conv1 bn1 layer1 layer2 layer3 layer4", "bn1 layer1 layer2 layer3 layer4"),
+    (("--backbone", "random"), "conv1 bn1 layer1 layer2 layer3 layer4",
+     "bn1 layer1 layer2 layer3 layer4"),
     (("--freeze", 1, "--arch", "shufflenet_v2_x0_5"), "stage2 stage3 stage4", ""),
 ])
 def test_frozen_layers(flags, trained, moving, own):
-    """One SGD step changes the layers that are trained, and batch statistics only where batch norm is."""
+    """One SGD step changes the layers that are trained,
+    and batch statistics only where batch norm is."""
     args = options(*flags)
     model = detect.build(args, ["a", "b"], *data.IMAGENET)
     body = model.backbone.body
-    before, names = {k: v.clone() for k, v in body.state_dict().items()}, names_in_files(body, args.arch)
+    before, names = ({k: v.clone() for k, v in body.state_dict().items()},
+                     names_in_files(body, args.arch))
     one_step(args, model, own)
     changed = [names[k] for k, v in body.state_dict().items() if not torch.equal(v, before[k])]
     assert {k.split(".")[0] for k in changed if k.endswith("weight")} == set(trained.split())
@@ -533,27 +593,32 @@ def test_frozen_layers(flags, trained, moving, own):
 
 def test_proposals():
     """512 are torchvision's own defaults."""
-    model = detect.build(options("--proposals", 512, "--arch", "shufflenet_v2_x0_5"), ["a"], *data.IMAGENET)
+    model = detect.build(options("--proposals", 512, "--arch", "shufflenet_v2_x0_5"),
+                         ["a"], *data.IMAGENET)
     usual = detect.detection.MaskRCNN(model.backbone, 2)
-    for a, b in ((model.rpn, usual.rpn), (model.roi_heads.fg_bg_sampler, usual.roi_heads.fg_bg_sampler)):
+    for a, b in ((model.rpn, usual.rpn),
+                 (model.roi_heads.fg_bg_sampler, usual.roi_heads.fg_bg_sampler)):
         for name in ("_pre_nms_top_n", "_post_nms_top_n", "batch_size_per_image"):
             assert getattr(a, name, None) == getattr(b, name, None)
 
 
 @pytest.mark.parametrize("size", [(2, 3000), (1000, 3), (1, 1), (1, 64), (128, 2)])
 def test_a_side_has_at_least_a_pixel(size):
-    """--predict, AP and training on pictures that torchvision would resize to nothing; others as torchvision."""
+    """--predict, AP and training on pictures that torchvision would resize to nothing;
+    others as torchvision."""
     model = detect.build(options("--arch", "shufflenet_v2_x0_5"), ["a"], *data.IMAGENET)
     image = torch.randint(255, (3, *size), dtype=torch.uint8)
     assert detect.detect(model, image, "cpu")["masks"].shape[1:] == size
     box, half = torch.tensor([[0, 0, size[1] / 2, size[0] / 2]]), max(1, size[1] // 2)
-    target = dict(boxes=box, labels=torch.tensor([1]), masks=(torch.arange(size[1]) < half).expand(1, *size).byte())
+    target = dict(boxes=box, labels=torch.tensor([1]),
+                  masks=(torch.arange(size[1]) < half).expand(1, *size).byte())
     assert all(loss.isfinite() for loss in model.train()([image / 255], [dict(target)]).values())
     small, its = model.transform.resize(image / 255, dict(target))
     wanted = box * torch.tensor([small.shape[2] / size[1], small.shape[1] / size[0]] * 2)
     assert its["masks"].shape[1:] == small.shape[1:] and min(small.shape[1:]) >= 1
     torch.testing.assert_close(its["boxes"], wanted)
-    usual = torchvision.models.detection.transform.GeneralizedRCNNTransform(48, 64, [0] * 3, [1] * 3)
+    usual = torchvision.models.detection.transform.GeneralizedRCNNTransform(
+        48, 64, [0] * 3, [1] * 3)
     for h, w in ((48, 64), (3, 190), (100, 2)):
         image = torch.rand(3, h, w)
         assert model.transform.resize(image)[0].equal(usual.resize(image)[0])
@@ -578,7 +643,8 @@ def test_bfloat16(own):
 # ---------------------------------------------------------------- runs
 
 def test_a_resumed_run_ends_as_a_whole_one(run, whole, capsys, monkeypatch):
-    """Stopped inside an epoch by --max-steps, after its last step by a signal, while the rate warms up."""
+    """Stopped inside an epoch by --max-steps, after its last step by a signal,
+    while the rate warms up."""
     monkeypatch.setattr(detect, "average_precision", stand_in)
     run("--warmup", 9, "--max-steps", 1)
     assert read_log("out")[-1]["step"] == 1 and not Path("out/best.pt").exists()  # of whole epochs
@@ -589,7 +655,8 @@ def test_a_resumed_run_ends_as_a_whole_one(run, whole, capsys, monkeypatch):
             step(args, model, run, *batch))[1])
         with pytest.raises(SystemExit) as end:
             run("--warmup", 9, "--resume")
-    assert end.value.code == 1 and "SIGTERM: saved out/last.pt after step 2" in capsys.readouterr().err
+    assert (end.value.code == 1
+            and "SIGTERM: saved out/last.pt after step 2" in capsys.readouterr().err)
     run("--warmup", 9, "--resume")
     assert_same(whole, "out")
 
@@ -617,7 +684,8 @@ def test_evaluate(own, whole, tmp_path, capsys, monkeypatch):
     (tmp_path / "other" / "annotations" / "instances_train.json").unlink()
     use("--evaluate", whole / "last.pt", "--data-dir", "~/other")
     first, last = ({k: line[k] for k in detect.SCORES} for line in read_log(whole)[1:])
-    assert capsys.readouterr().out == detect.words(last) + "\n" and 0 < last["box_ap"] != first["box_ap"]
+    assert (capsys.readouterr().out == detect.words(last) + "\n"
+            and 0 < last["box_ap"] != first["box_ap"])
 
 
 def test_evaluate_looks_for_all_pictures_first(own, whole, tmp_path, capsys, monkeypatch):
@@ -656,19 +724,22 @@ def test_resuming_on_other_images_is_refused(own, whole, tmp_path, capsys):
 
 
 def test_two_processes(own, tmp_path, capsys, monkeypatch):
-    """The shares' gradients are averaged, their detections gathered: AP is what one process finds."""
+    """The shares' gradients are averaged, their detections gathered:
+    AP is what one process finds."""
     monkeypatch.setattr(detect, "average_precision", stand_in)
     children = fork(2, lambda rank: detect.main(training(own, "two", "--max-steps", 1)), tmp_path)
     assert wait(children) == [0, 0], (tmp_path / "output0.txt").read_text()
     line = read_log(tmp_path / "two")[-1]
     use("--evaluate", tmp_path / "two" / "last.pt")
-    assert line["step"] == 1 and detect.words({k: line[k] for k in detect.SCORES}) in capsys.readouterr().out
+    assert (line["step"] == 1
+            and detect.words({k: line[k] for k in detect.SCORES}) in capsys.readouterr().out)
 
 
 def test_overlapping_masks_have_the_colour_of_the_best():
     found = dict(boxes=torch.tensor([[1., 1, 9, 9]] * 2), labels=torch.tensor([1, 1]),
                  scores=torch.tensor([0.9, 0.8]), masks=torch.ones(2, 10, 10))
-    r, g, b = detect.annotate(torch.full((3, 10, 10), 200, dtype=torch.uint8), found, ["a"])[:, 9, 0].tolist()
+    r, g, b = detect.annotate(
+        torch.full((3, 10, 10), 200, dtype=torch.uint8), found, ["a"])[:, 9, 0].tolist()
     assert r > g > b > 0  # red over lime over gray
 
 
@@ -687,8 +758,9 @@ def test_without_pycocotools(fails, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [
-    "--arch resnet32", "--backbone ''", "--freeze 5", "--proposals 0", "--milestones 0", "--min-size 8",
-    "--max-size 40", "--surprise", "--predict x.png", "--predict x.png --checkpoint x.pt --evaluate x.pt"])
+    "--arch resnet32", "--backbone ''", "--freeze 5", "--proposals 0", "--milestones 0",
+    "--min-size 8", "--max-size 40", "--surprise",
+    "--predict x.png", "--predict x.png --checkpoint x.pt --evaluate x.pt"])
 def test_wrong_flags(flags, fails):
     fails(*shlex.split(flags), words=[flags.split()[0]], status=2)
 
@@ -706,7 +778,8 @@ def test_wrong_flags(flags, fails):
     ("--data-dir others", "has other classes (cat) than the test set"),
     ("--data-dir wrong", "a.png (it is 9x9, its annotation says 8x8)"),
     ("--data-dir gone", "cannot read image gone/val/b.png"),
-    ("--data-dir rle", "image 1 (a.png), annotation 1: its mask has the size [3, 4], the image [9, 9]"),
+    ("--data-dir rle",
+     "image 1 (a.png), annotation 1: its mask has the size [3, 4], the image [9, 9]"),
     ("--dataset coco", "instances_train2017.json"),
     ("--dataset pennfudan --data-dir text", "neither images/ and masks/"),
     ("--dataset pennfudan --data-dir maskless", "masks/a.png"),
@@ -718,17 +791,21 @@ def test_errors_in_one_line(flags, words, fails, tmp_path):
     save_checkpoint("train.pt", dict(format=CHECKPOINT_FORMAT, args=dict(method="lmcl")))
     images = [dict(id=i, file_name="a.png", width=8, height=8) for i in (1, 2)]
     boxes = [dict(id=i, image_id=i, category_id=1, bbox=[1, 1, 4, 4]) for i in (1, 2)]
-    right = dict(images=images, annotations=[{**b, "segmentation": rectangle(1, 1, 4, 4)} for b in boxes],
+    right = dict(images=images,
+                 annotations=[{**b, "segmentation": rectangle(1, 1, 4, 4)} for b in boxes],
                  categories=[dict(id=1, name="cat")])
     rle = dict(images=[{**i, "width": 9, "height": 9} for i in images],
                annotations=[{**b, "segmentation": dict(size=[3, 4], counts="P")} for b in boxes])
     fit = dict(images=[{**i, "width": 9, "height": 9} for i in images])
-    for name, train, test in (("wrong", {}, {}), ("stray", dict(categories=[]), {}), ("rle", rle, {}),
-                              ("boxes", dict(annotations=boxes), {}),
-                              ("gone", fit, dict(images=[{**i, "file_name": "b.png"} for i in fit["images"]])),
-                              ("five", {}, dict(annotations=[{**right["annotations"][0], "bbox": [1] * 5}])),
-                              ("flat", dict(images=[{**i, "height": 0} for i in images]), {}),
-                              ("others", {}, dict(categories=[dict(id=1, name="dog")]))):
+    for name, train, test in (
+            ("wrong", {}, {}),
+            ("stray", dict(categories=[]), {}),
+            ("rle", rle, {}),
+            ("boxes", dict(annotations=boxes), {}),
+            ("gone", fit, dict(images=[{**i, "file_name": "b.png"} for i in fit["images"]])),
+            ("five", {}, dict(annotations=[{**right["annotations"][0], "bbox": [1] * 5}])),
+            ("flat", dict(images=[{**i, "height": 0} for i in images]), {}),
+            ("others", {}, dict(categories=[dict(id=1, name="dog")]))):
         for part, content in (("train", train), ("val", test)):
             save_json(Path(name), part, {**right, **content})
             save_image(Path(name) / part / "a.png", (9, 9))

@@ -1,4 +1,5 @@
-"""Runs that are killed and resumed, in processes of their own: the short version of tools/faults.py."""
+"""Runs that are killed and resumed, in processes of their own:
+the short version of tools/faults.py."""
 
 import importlib
 import itertools
@@ -23,7 +24,8 @@ def faults(monkeypatch):
 
 def test_killed_and_resumed_runs_end_as_uninterrupted_ones(faults, tmp_path, capsys):
     assert faults.kill(3, 2, tmp_path)
-    assert re.match(r"3 stops \(\d+ inside writing\).*: yes; 1 second starts refused; 100 of 100 damaged",
+    assert re.match(r"3 stops \(\d+ inside writing\).*: yes; "
+                    r"1 second starts refused; 100 of 100 damaged",
                     capsys.readouterr().out)
 
 
@@ -32,7 +34,8 @@ class Killed(BaseException):
 
 
 def test_killed_before_each_rename_and_link(run, monkeypatch, capsys):
-    """Of log, best, last, in a second epoch also of previous: resumed, all files are those of a whole run."""
+    """Of log, best, last, in a second epoch also of previous:
+    resumed, all files are those of a whole run."""
     flags = ["--method", "independent", "--num-nets", 1, "--resume"]
     run(*flags)
     whole, left = results("out"), []

@@ -1,4 +1,5 @@
-"""meta.py: the hypergradient by independent roads, one and several processes; the meta step; the picture."""
+"""meta.py: the hypergradient by independent roads, one and several processes;
+the meta step; the picture."""
 
 import copy
 import io
@@ -23,7 +24,8 @@ HYPER = dict(lr=0.1, momentum=0.9, weight_decay=0.05)
 
 
 def problem(seed=0, rows=slice(None)):
-    """A small net whose inner loss is weighted per sample by phi, in float64; rows: the samples it sees."""
+    """A small net whose inner loss is weighted per sample by phi, in float64;
+    rows: the samples it sees."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     X, Y, W = draw(8, 3), draw(8, 2), draw(2, 4)
@@ -42,7 +44,8 @@ def unrolled(inner, outer, params, phi, inner_steps, lr, momentum, weight_decay)
     theta, v = [p.clone().requires_grad_() for p in params], [torch.zeros_like(p) for p in params]
     for loss in [inner] * inner_steps + [outer]:
         g = torch.autograd.grad(loss(theta), theta, create_graph=True, materialize_grads=True)
-        v = [momentum * v_i + g_i + weight_decay * p for v_i, g_i, p in zip(v, g, theta, strict=True)]
+        v = [momentum * v_i + g_i + weight_decay * p
+             for v_i, g_i, p in zip(v, g, theta, strict=True)]
         theta = [p - lr * v_i for p, v_i in zip(theta, v, strict=True)]
     return outer(theta)
 
@@ -56,11 +59,13 @@ def distance(a, b):
 def test_hypergradient_equals_unrolled_autograd(inner_steps):
     inner, outer, params, phi = problem()
     before = [p.clone() for p in params]
-    ours = meta.hypergradient(inner, outer, iter(params), iter(phi), inner_steps=inner_steps, **HYPER)
+    ours = meta.hypergradient(
+        inner, outer, iter(params), iter(phi), inner_steps=inner_steps, **HYPER)
     exact = torch.autograd.grad(unrolled(inner, outer, params, phi, inner_steps, **HYPER), phi)
     assert distance(ours, exact) < 1e-12
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
-    assert all(x.grad is None for x in phi) and not any(g.requires_grad for g in ours)  # no third derivatives
+    # no third derivatives
+    assert all(x.grad is None for x in phi) and not any(g.requires_grad for g in ours)
 
 
 def test_hypergradient_equals_the_optimizer_by_finite_differences():
@@ -91,12 +96,14 @@ def test_hypergradient_notices_momentum_and_weight_decay():
     inner, outer, params, phi = problem()
     full = meta.hypergradient(inner, outer, params, phi, inner_steps=4, **HYPER)
     for name in ("momentum", "weight_decay"):
-        without = meta.hypergradient(inner, outer, params, phi, inner_steps=4, **{**HYPER, name: 0.0})
+        without = meta.hypergradient(
+            inner, outer, params, phi, inner_steps=4, **{**HYPER, name: 0.0})
         assert distance(without, full) > 1e-3
 
 
 def test_the_authors_recursion_is_off():
-    """docs/DIFFERENCES.md: d_v added with factor 1 instead of wd; lr 0.1, momentum 0.9, weight decay 5e-4."""
+    """docs/DIFFERENCES.md: d_v added with factor 1 instead of wd;
+    lr 0.1, momentum 0.9, weight decay 5e-4."""
     derivative = lambda y, x, **kwargs: torch.autograd.grad(y, x, materialize_grads=True, **kwargs)
     leaves = lambda theta: [p.detach().requires_grad_() for p in theta]
 
@@ -106,7 +113,8 @@ def test_the_authors_recursion_is_off():
             theta = leaves(theta)
             trajectory.append((loss, theta))
             g = derivative(loss(theta), theta)
-            v = [momentum * v_i + g_i + weight_decay * p for v_i, g_i, p in zip(v, g, theta, strict=True)]
+            v = [momentum * v_i + g_i + weight_decay * p
+                 for v_i, g_i, p in zip(v, g, theta, strict=True)]
             theta = [p - lr * v_i for p, v_i in zip(theta, v, strict=True)]
         theta = leaves(theta)
         a, b, d_phi = derivative(outer(theta), theta), [torch.zeros_like(p) for p in params], 0
@@ -115,7 +123,8 @@ def test_the_authors_recursion_is_off():
             g = derivative(loss(theta), theta, create_graph=True)
             X = sum((g_i * u_i).sum() for g_i, u_i in zip(g, u, strict=True))
             Ju, part = derivative(X, theta, retain_graph=True), derivative(X, phi)
-            a = [(1 - lr * weight_decay) * a_i + b_i + j for a_i, b_i, j in zip(a, b, Ju, strict=True)]
+            a = [(1 - lr * weight_decay) * a_i + b_i + j
+                 for a_i, b_i, j in zip(a, b, Ju, strict=True)]
             b, d_phi = [momentum * u_i for u_i in u], d_phi + torch.cat(part)
         return [d_phi]
 
@@ -130,7 +139,8 @@ def test_the_authors_recursion_is_off():
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("running", [True, False])
 def test_hypergradient_where_phi_acts_before_the_layers(affine, running):
-    """phi scales the images; the losses run through convolution and batch normalisation behind it."""
+    """phi scales the images;
+    the losses run through convolution and batch normalisation behind it."""
     g = torch.Generator().manual_seed(0)
     x, t = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((4, 2, 5, 5), (4, 3, 5, 5)))
     norm = nn.BatchNorm2d(3, affine=affine, track_running_stats=running)
@@ -171,12 +181,14 @@ def test_hypergradient_of_what_the_loss_does_not_contain_is_zero():
 def test_flat_vector_keeps_values_shapes_and_strides(shape, memory_format):
     params = [torch.randn(2, 3).T, torch.randn(shape).to(memory_format=memory_format)]
     flat = meta.FlatVector(params)
-    for view, p in zip(flat.views(flat.concatenate([p.clone() for p in params])), params, strict=True):
+    for view, p in zip(
+            flat.views(flat.concatenate([p.clone() for p in params])), params, strict=True):
         assert torch.equal(view, p) and view.stride() == p.stride()
 
 
 def test_flat_vector_aligns_every_part():
-    """To 16 bytes, whatever the sizes before it; what lies between is 0 and stays so through a step."""
+    """To 16 bytes, whatever the sizes before it;
+    what lies between is 0 and stays so through a step."""
     students = models.EmbeddedCohort(models.Cohort(["resnet8", "hcgnet_a1"], 7))
     params = [*students.parameters(), torch.ones(3), torch.ones(1)]
     flat = meta.FlatVector(params)
@@ -195,10 +207,11 @@ class Waiting(Exception):
 
 
 def in_processes(*calls):
-    """What the calls, functions of `average`, return as processes that meet at each average; how often.
+    """What the calls, functions of `average`, return as processes that meet at each average;
+    how often.
 
-    All run up to the first average whose mean is not known yet, then all again with this mean, until
-    they end.
+    All run up to the first average whose mean is not known yet,
+    then all again with this mean, until they end.
     """
     means = []
     while True:
@@ -235,9 +248,11 @@ def test_hypergradient_of_two_processes(inner_steps, forward_mode):
     parts = [problem(rows=rows) for rows in HALVES]
     settings = dict(inner_steps=inner_steps, forward_mode=forward_mode, **HYPER)
     ours, count = in_processes(*(
-        lambda average, part=part: meta.hypergradient(*part, average=average, **settings) for part in parts))
+        lambda average, part=part: meta.hypergradient(*part, average=average, **settings)
+        for part in parts))
     (inner, outer, params, phi), (inner_2, outer_2, _, phi_2) = parts
-    final = unrolled(mean_of(inner, inner_2), mean_of(outer, outer_2), params, None, inner_steps, **HYPER)
+    final = unrolled(mean_of(inner, inner_2), mean_of(outer, outer_2),
+                     params, None, inner_steps, **HYPER)
     exact = [sum(torch.autograd.grad(final, pair, retain_graph=True))
              for pair in zip(phi, phi_2, strict=True)]
     assert distance(ours[0], exact) < 1e-12 and bits(ours[0]) == bits(ours[1])
@@ -261,7 +276,8 @@ def test_matching_network():
 # ---------------------------------------------------------------- the meta step
 
 class TwoStudents(nn.Module):
-    """The interface of meta_step on something small: convolution, batch normalisation, dropout-free."""
+    """The interface of meta_step on something small:
+    convolution, batch normalisation, dropout-free."""
 
     def __init__(self):
         super().__init__()
@@ -274,7 +290,8 @@ class TwoStudents(nn.Module):
         maps = [[body[:3](x), body(x)] for body in self.bodies]
         features = [torch.stack([m.mean((2, 3)) for m in two]) for two in maps]
         z = F.normalize(torch.stack(features), dim=-1)  # [2, 2, B, 4]
-        return features, z, torch.stack([head(f) for head, f in zip(self.heads, features, strict=True)])
+        return features, z, torch.stack(
+            [head(f) for head, f in zip(self.heads, features, strict=True)])
 
 
 def meta_setting(rows=slice(None)):
@@ -296,7 +313,8 @@ def runner(students):
 
 
 def sgd(matching):
-    return torch.optim.SGD(matching.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    return torch.optim.SGD(
+        matching.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
 def gradients(matching):
@@ -307,14 +325,17 @@ def gradients(matching):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("frozen", [(), ("bodies.0.0.weight", "bodies.1.4.bias", "heads.0.weight")])
 def test_meta_step_gradient_equals_the_definition(frozen, memory_format, moving):
-    """Features at theta_0 constant, lambda the same for all virtual steps, or lambda of each step's features;
-    momentum from zero, Nesterov step of phi; frozen parameters stay where they are."""
+    """Features at theta_0 constant, lambda the same for all virtual steps,
+    or lambda of each step's features; momentum from zero, Nesterov step of phi;
+    frozen parameters stay where they are."""
     students, matching, images, contrast, task = meta_setting()
     for name in frozen:
         students.get_parameter(name).requires_grad_(False)
-    students, images = students.to(memory_format=memory_format), images.to(memory_format=memory_format)
+    students, images = (
+        students.to(memory_format=memory_format), images.to(memory_format=memory_format))
     reference, phi = copy.deepcopy(students), copy.deepcopy(matching)
-    meta.meta_step(students, matching, sgd(matching), images, contrast, task, inner_steps=2, moving=moving, **HYPER)
+    meta.meta_step(students, matching, sgd(matching), images, contrast, task,
+                   inner_steps=2, moving=moving, **HYPER)
 
     params, call = runner(reference)
     weights = phi([f.detach() for f in call(params, images)[0]])
@@ -324,7 +345,8 @@ def test_meta_step_gradient_equals_the_definition(frozen, memory_format, moving)
         return contrast(z, phi(features) if moving else weights)
 
     outer = lambda p: task(call(p, images)[2])
-    exact = torch.autograd.grad(unrolled(inner, outer, params, None, 2, **HYPER), list(phi.parameters()))
+    exact = torch.autograd.grad(
+        unrolled(inner, outer, params, None, 2, **HYPER), list(phi.parameters()))
     assert distance(gradients(matching), exact) < 1e-10
 
     for p, g in zip(phi.parameters(), exact, strict=True):
@@ -354,13 +376,15 @@ LAYERS = {  # torchvision's blocks of four channels, by what they bring along
     "ReLU6, depthwise convolution": lambda: mobilenetv2.InvertedResidual(4, 4, 1, 2),
     "grouped convolution": lambda: regnet.ResBottleneckBlock(
         4, 4, 1, nn.BatchNorm2d, nn.ReLU, group_width=2, se_ratio=0.25),
-    "LayerNorm, GELU, layer scale": lambda: convnext.CNBlock(4, layer_scale=0.5, stochastic_depth_prob=0.5),
+    "LayerNorm, GELU, layer scale": lambda: convnext.CNBlock(
+        4, layer_scale=0.5, stochastic_depth_prob=0.5),
     "LayerNorm on maps": lambda: convnext.LayerNorm2d(4),
     "shifted window attention": lambda: nhwc(swin.SwinTransformerBlock(
         4, 2, [2, 2], [1, 1], stochastic_depth_prob=0.5)),
     "shifted window attention, v2": lambda: nn.Sequential(nn.Conv2d(4, 4, 2), nhwc(
         swin.SwinTransformerBlockV2(4, 2, [2, 2], [1, 1])), nn.ZeroPad2d((0, 1, 0, 1))),
-    "shifted window attention, v2, padded": lambda: nhwc(swin.SwinTransformerBlockV2(4, 2, [2, 2], [1, 1])),
+    "shifted window attention, v2, padded": lambda: nhwc(
+        swin.SwinTransformerBlockV2(4, 2, [2, 2], [1, 1])),
     "patch merging": lambda: nn.Sequential(nn.Conv2d(4, 2, 1), nhwc(swin.PatchMerging(2))),
     "patch merging, v2": lambda: nn.Sequential(nn.Conv2d(4, 2, 1), nhwc(swin.PatchMergingV2(2))),
 }
@@ -368,7 +392,8 @@ LAYERS = {  # torchvision's blocks of four channels, by what they bring along
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_meta_step_through_each_kind_of_layer(layer, monkeypatch):
-    """Also by forward mode, which makes the first virtual step; stochastic depth leaves out the same samples.
+    """Also by forward mode, which makes the first virtual step;
+    stochastic depth leaves out the same samples.
 
     The oracle has two functions in words that PyTorch differentiates twice.
     """
@@ -378,7 +403,8 @@ def test_meta_step_through_each_kind_of_layer(layer, monkeypatch):
         nn.Sequential(*body[:2], LAYERS[layer](), LAYERS[layer]()) for body in students.bodies)
     students = students.double()
     phi, (params, call) = copy.deepcopy(matching), runner(copy.deepcopy(students))
-    meta.meta_step(students, matching, sgd(matching), images, contrast, task, inner_steps=2, **HYPER)
+    meta.meta_step(students, matching, sgd(matching), images, contrast, task,
+                   inner_steps=2, **HYPER)
 
     def forward(p):
         torch.manual_seed(0)
@@ -392,13 +418,15 @@ def test_meta_step_through_each_kind_of_layer(layer, monkeypatch):
 
     inner = lambda p: contrast(forward(p)[1], weights)
     outer = lambda p: task(forward(p)[2])
-    exact = torch.autograd.grad(unrolled(inner, outer, params, None, 2, **HYPER), list(phi.parameters()))
+    exact = torch.autograd.grad(
+        unrolled(inner, outer, params, None, 2, **HYPER), list(phi.parameters()))
     assert distance(gradients(matching), exact) < 1e-9
 
 
 @pytest.mark.parametrize("moving", [False, True])
 def test_meta_step_of_two_processes(moving):
-    """Each with its images, batch statistics and values of lambda: the derivative of their losses' mean."""
+    """Each with its images, batch statistics and values of lambda:
+    the derivative of their losses' mean."""
     parts = [meta_setting(rows) for rows in HALVES]
     inners, outers, networks = [], [], []
     params, call = runner(copy.deepcopy(parts[0][0]))
@@ -422,7 +450,8 @@ def test_meta_step_of_two_processes(moving):
         return gradients(matching), matching.state_dict()
 
     ours, count = in_processes(*(lambda average, part=part: step(average, *part) for part in parts))
-    assert distance(ours[0][0], exact) < 1e-10 and bits(ours[0]) == bits(ours[1]) and count <= 2 * 2 + 5
+    assert (distance(ours[0][0], exact) < 1e-10
+            and bits(ours[0]) == bits(ours[1]) and count <= 2 * 2 + 5)
 
 
 @pytest.mark.parametrize("moving", [False, True])
@@ -434,10 +463,11 @@ def test_meta_step_leaves_no_trace(moving):
     students.bodies[0][1].eval()  # modes are restored as they were, too
     frozen = nn.BatchNorm2d(4, track_running_stats=False)
     students.bodies[1].append(frozen.double())
-    state = lambda: bits([students.state_dict(), optimizer.state_dict(), images, torch.get_rng_state(),
-                          [p.grad for p in students.parameters()]])
+    state = lambda: bits([students.state_dict(), optimizer.state_dict(), images,
+                          torch.get_rng_state(), [p.grad for p in students.parameters()]])
     before, phi_before = state(), copy.deepcopy(matching.state_dict())
-    meta.meta_step(students, matching, sgd(matching), images, contrast, task, inner_steps=2, moving=moving, **HYPER)
+    meta.meta_step(students, matching, sgd(matching), images, contrast, task,
+                   inner_steps=2, moving=moving, **HYPER)
     assert state() == before
     assert not students.bodies[0][1].training and students.training
     norms = [m for m in students.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -453,7 +483,8 @@ def test_dropout_leaves_no_trace_and_has_one_mask(monkeypatch):
     students.bodies[0][-1].register_forward_hook(
         lambda module, inputs, output: masks.add(tuple((output != 0).flatten().tolist())))
     before = torch.get_rng_state()
-    meta.meta_step(students, matching, sgd(matching), images, contrast, task, inner_steps=2, **HYPER)
+    meta.meta_step(students, matching, sgd(matching), images, contrast, task,
+                   inner_steps=2, **HYPER)
     assert torch.equal(torch.get_rng_state(), before) and len(masks) == 1
 
 
@@ -469,15 +500,19 @@ def test_no_tf32_inside_the_meta_step_and_an_error_restores_everything():
     try:
         conv.fp32_precision = matmul.fp32_precision = "tf32"
         with pytest.raises(RuntimeError):
-            meta.meta_step(students, matching, sgd(matching), images, contrast, task, inner_steps=2, **HYPER)
-        assert seen == [("ieee", "ieee")] and (conv.fp32_precision, matmul.fp32_precision) == ("tf32", "tf32")
-        assert all(m.track_running_stats for m in students.modules() if isinstance(m, nn.BatchNorm2d))
+            meta.meta_step(students, matching, sgd(matching), images, contrast, task,
+                           inner_steps=2, **HYPER)
+        assert (seen == [("ieee", "ieee")]
+                and (conv.fp32_precision, matmul.fp32_precision) == ("tf32", "tf32"))
+        assert all(m.track_running_stats
+                   for m in students.modules() if isinstance(m, nn.BatchNorm2d))
     finally:
         conv.fp32_precision, matmul.fp32_precision = original
 
 
 def test_memory_does_not_grow_with_the_number_of_steps():
-    """Most tensors that graphs hold at once: the same for 2 and 8 steps; the unrolled graph's grows."""
+    """Most tensors that graphs hold at once: the same for 2 and 8 steps;
+    the unrolled graph's grows."""
     g = torch.Generator().manual_seed(0)
     X, params = torch.randn(8, 3, generator=g), [torch.randn(4, 3, generator=g)]
     phi = torch.ones(8, requires_grad=True)
@@ -506,7 +541,9 @@ def test_memory_does_not_grow_with_the_number_of_steps():
 
 
 @pytest.mark.parametrize("names,L,value", [
-    (["resnet8", "resnet110"], 3, 0.27), (["shufflenet_v2_x1_0"] * 5, 4, 0.73), (["a" * 60] * 3, 4, 0.5)])
+    (["resnet8", "resnet110"], 3, 0.27),
+    (["shufflenet_v2_x1_0"] * 5, 4, 0.73),
+    (["a" * 60] * 3, 4, 0.5)])
 def test_picture(names, L, value):
     """Colours by value alone, every panel there, no text cut off at the right, the step written."""
     N, pictures = len(names), []
@@ -535,7 +572,7 @@ def test_picture_shows_row_stage_of_the_first_student_and_column_stage_of_the_se
     assert y0 + 2 * cell <= top and bottom <= y0 + 3 * cell  # stage 3 of the first
 
 
-# ---------------------------------------------------------------- students whose code the meta step does not expect
+# ------------------------------------------------ students whose code the meta step does not expect
 
 class Scale(torch.autograd.Function):
     """x^2, without forward mode."""
@@ -576,7 +613,8 @@ class Layer(nn.Module):
 
     def forward(self, x):
         if self.kind == "checkpoint":
-            return torch.utils.checkpoint.checkpoint(self.convolution, x.tanh(), use_reentrant=False)
+            return torch.utils.checkpoint.checkpoint(
+                self.convolution, x.tanh(), use_reentrant=False)
         if self.kind == "random depth" and torch.rand(()) < 0.5:
             return x
         y = self.convolution(x)
@@ -597,13 +635,16 @@ class Layer(nn.Module):
             return y + F.normalize(0 * y.flatten(2), dim=1).view_as(y)
         if self.kind == "float32":
             return torch.einsum("bchw,cd->bdhw", y, torch.eye(4))
-        return {"no jvp": Scale, "raises": Once}[self.kind].apply(y) if self.kind in ("no jvp", "raises") else y
+        return ({"no jvp": Scale, "raises": Once}[self.kind].apply(y)
+                if self.kind in ("no jvp", "raises") else y)
 
 
-@pytest.mark.parametrize("kind", ["no jvp", "weight_norm", "spectral_norm", "attention", "instance", "average",
-                                  "moved in place", "random depth"])
+@pytest.mark.parametrize("kind", [
+    "no jvp", "weight_norm", "spectral_norm", "attention", "instance", "average",
+    "moved in place", "random depth"])
 def test_layers_that_the_meta_step_takes_as_they_are(kind):
-    """The trial says whether forward mode is there; the gradient is the definition's and no buffer is moved."""
+    """The trial says whether forward mode is there;
+    the gradient is the definition's and no buffer is moved."""
     students, matching, images, contrast, task = meta_setting()
     students.bodies[0].insert(5, Layer(kind).double())
     students.bodies[0].append(nn.Conv2d(4, 4, 1).double())
@@ -628,7 +669,8 @@ def test_layers_that_the_meta_step_takes_as_they_are(kind):
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         weights = phi([f.detach() for f in call(params)[0]])
-        final = unrolled(lambda p: contrast(call(p)[1], weights), lambda p: task(call(p)[2]), params, None, 2, **HYPER)
+        final = unrolled(lambda p: contrast(call(p)[1], weights), lambda p: task(call(p)[2]),
+                         params, None, 2, **HYPER)
         exact = torch.autograd.grad(final, list(phi.parameters()))
     assert distance(gradients(matching), exact) < 1e-10
 
@@ -641,16 +683,20 @@ def test_layers_that_are_refused_at_the_start(kind, words):
     before = bits(part.state_dict())
     with pytest.raises(UserError, match=words) as error:
         meta.DerivativeTrial()("student 'mine': stage 2", part.eval(), torch.zeros(2, 4, 5, 5))
-    assert str(error.value).startswith("student 'mine': stage 2") and "--matching uniform" in str(error.value)
-    assert bits(part.state_dict()) == before and torch.equal(torch.get_rng_state(), state) and not part.training
+    assert (str(error.value).startswith("student 'mine': stage 2")
+            and "--matching uniform" in str(error.value))
+    assert (bits(part.state_dict()) == before
+            and torch.equal(torch.get_rng_state(), state) and not part.training)
 
 
 def test_a_layer_of_float32_alone_is_tried_in_float32():
     trial = meta.DerivativeTrial()
-    trial("student 'mine': stage 2", nn.Sequential(Layer("float32"), nn.BatchNorm2d(4)), torch.zeros(2, 4, 5, 5))
+    trial("student 'mine': stage 2", nn.Sequential(Layer("float32"), nn.BatchNorm2d(4)),
+          torch.zeros(2, 4, 5, 5))
     assert trial.forward_mode
     with pytest.raises(UserError, match="cannot be differentiated twice"):
-        trial("student 'mine': stage 2", nn.Sequential(Layer("float32"), Layer("raises")), torch.zeros(2, 4, 5, 5))
+        trial("student 'mine': stage 2", nn.Sequential(Layer("float32"), Layer("raises")),
+              torch.zeros(2, 4, 5, 5))
 
 
 @pytest.mark.parametrize("moving", [False, True])
@@ -658,6 +704,7 @@ def test_a_frozen_part_of_the_matching_network_stays(moving):
     students, matching, images, contrast, task = meta_setting()
     frozen = matching.projections[0][1].weight.requires_grad_(False)
     before = [p.clone() for p in matching.parameters()]
-    meta.meta_step(students, matching, sgd(matching), images, contrast, task, inner_steps=1, moving=moving, **HYPER)
+    meta.meta_step(students, matching, sgd(matching), images, contrast, task,
+                   inner_steps=1, moving=moving, **HYPER)
     stays = [torch.equal(p, q) for p, q in zip(matching.parameters(), before, strict=True)]
     assert stays == [p is frozen for p in matching.parameters()]

@@ -23,8 +23,8 @@ from support.architectures import ARCHITECTURES, ExistingNetwork, architecture, 
 from support.console import UserError
 from support.files import load_pretrained, names_in_files, student_file
 
-# As published: width, backbone and branch parameters, multiply-adds in millions of the backbone and with
-# branches.
+# As published: width, backbone and branch parameters,
+# multiply-adds in millions of the backbone and with branches.
 TABLE = {
     "resnet32": (64, 472_756, 809_096, 69.1, 136.8),
     "resnet56": (64, 861_620, 1_475_208, 125.8, 250.0),
@@ -43,7 +43,8 @@ TABLE = {
 }
 TORCHVISION = [name for name, found in ARCHITECTURES.items() if isinstance(found, ExistingNetwork)]
 TORCHVISION_SMALL = ["resnet18", "shufflenet_v2_x0_5"]
-ONE_OF_EACH_KIND = ["resnet8", "resnet110", "wrn_16_2", "shufflenetv2_0.5", "hcgnet_a1", *TORCHVISION_SMALL]
+ONE_OF_EACH_KIND = ["resnet8", "resnet110", "wrn_16_2", "shufflenetv2_0.5", "hcgnet_a1",
+                    *TORCHVISION_SMALL]
 FACTS = dict(classes="abc", mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), image_size=32, resize=36)
 
 
@@ -54,9 +55,11 @@ def test_counts_of_the_published_table(name):
     with torch.device(device):  # meta: shapes without numbers
         student = models.Cohort([name], classes).students[0]
     assert student.backbone.classifier.in_features == architecture(name).width == width
-    surplus = []  # the published HCGNet figures take a dilated convolution's output for 2 pixels larger
+    # the published HCGNet figures take a dilated convolution's output for 2 pixels larger
+    surplus = []
     for m in (m for m in student.modules() if isinstance(m, nn.Conv2d) and m.dilation[0] == 2):
-        m.register_forward_hook(lambda m, _, y: surplus.append(m.weight.numel() * 4 * (y.shape[2] + 1)))
+        m.register_forward_hook(
+            lambda m, _, y: surplus.append(m.weight.numel() * 4 * (y.shape[2] + 1)))
     own, backbone = models.cost(student.backbone, size)
     backbone += sum(surplus)
     surplus.clear()
@@ -78,14 +81,16 @@ def test_a_student_forward_and_backward(name):
     assert features[0].shape == (L, 3, architecture(name).width) and logits.shape == (1, L, 3, 7)
     assert features[0].dtype == logits.dtype == torch.float32
     logits.square().sum().backward()
-    assert all(p.grad.isfinite().all() and (p.dim() == 1 or p.grad.any()) for p in cohort.parameters())
+    assert all(p.grad.isfinite().all() and (p.dim() == 1 or p.grad.any())
+               for p in cohort.parameters())
     torch.manual_seed(0)
     assert torch.equal(models.Cohort([name], 7)(x)[1], logits)
 
 
-ONE_OF_EACH_LAYOUT = ["resnet34", "resnext50_32x4d", "wide_resnet50_2", "shufflenet_v2_x2_0", "mobilenet_v2",
-                      "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0", "efficientnet_v2_s",
-                      "regnet_x_400mf", "mnasnet1_3", "convnext_tiny", "swin_t", "swin_v2_t"]
+ONE_OF_EACH_LAYOUT = ["resnet34", "resnext50_32x4d", "wide_resnet50_2", "shufflenet_v2_x2_0",
+                      "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large",
+                      "efficientnet_b0", "efficientnet_v2_s", "regnet_x_400mf", "mnasnet1_3",
+                      "convnext_tiny", "swin_t", "swin_v2_t"]
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_LAYOUT)
@@ -99,7 +104,8 @@ def test_a_torchvision_backbone_has_torchvisions_tensors(name):
     state = {names[key]: x.shape for key, x in ours.state_dict().items()}
     assert theirs is ours or state == {key: x.shape for key, x in theirs.state_dict().items()}
     published = torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
-    assert models.parameters(ours) == published and [64 // m.shape[-1] for m in maps] == [4, 8, 16, 32]
+    assert (models.parameters(ours) == published
+            and [64 // m.shape[-1] for m in maps] == [4, 8, 16, 32])
     assert [m.shape[-2] for m in maps] == [16, 8, 4, 2]
     last = [m for m in ours.classifier.modules() if isinstance(m, nn.Linear)]
     assert last[0].in_features == architecture(name).width
@@ -112,7 +118,8 @@ def build(name, classes):
 
 @pytest.mark.parametrize("name", [*TORCHVISION_SMALL, *FAMILIES])
 def test_a_torchvision_backbone_is_torchvisions(name, tmp_path):
-    """To the last bit: drawn from a seed, a student file in their network, their weights in ours."""
+    """To the last bit: drawn from a seed, a student file in their network,
+    their weights in ours."""
     torch.manual_seed(0)
     theirs = build(name, 3).eval()
     torch.manual_seed(0)
@@ -120,11 +127,13 @@ def test_a_torchvision_backbone_is_torchvisions(name, tmp_path):
     x, n = torch.randn(2, 3, 64, 64), len(theirs.state_dict())
     assert torch.equal(ours(x), theirs(x))
     torch.save(student_file(other, name, FACTS), tmp_path / "ours.pt")
-    theirs.load_state_dict(torch.load(tmp_path / "ours.pt", weights_only=True)["state_dict"], strict=True)
+    theirs.load_state_dict(
+        torch.load(tmp_path / "ours.pt", weights_only=True)["state_dict"], strict=True)
     torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
     content, words = load_pretrained(third, name, tmp_path / "theirs.pt")
     assert words == f"{n} of {n} tensors taken" and content.keys() == theirs.state_dict().keys()
-    assert all(torch.equal(net(x), theirs(x)) for net in (other, third)) and not torch.equal(ours(x), theirs(x))
+    assert (all(torch.equal(net(x), theirs(x)) for net in (other, third))
+            and not torch.equal(ours(x), theirs(x)))
 
 
 def test_a_width_that_is_found_draws_no_other_student():
@@ -141,9 +150,11 @@ def test_a_width_that_is_found_draws_no_other_student():
 
 
 @pytest.mark.parametrize("name, blocks", list(zip(FAMILIES, [
-    [1, 2, 2], [1, 2, 1], [1, 2, 2], [1, 2, 2], [1, 1, 1], [3, 3, 3], [4, 4, 4], [4, 4, 4]], strict=True)))
+    [1, 2, 2], [1, 2, 1], [1, 2, 2], [1, 2, 2], [1, 1, 1], [3, 3, 3], [4, 4, 4], [4, 4, 4]],
+    strict=True)))
 def test_branches_keep_the_fewest_blocks(name, blocks):
-    """Those that change the shape, and one of each class: downsampling or permutations, then a block."""
+    """Those that change the shape, and one of each class:
+    downsampling or permutations, then a block."""
     architecture(name).measured = None
     cohort = models.Cohort([name], 5)
     assert all(module.training for module in cohort.modules())
@@ -155,8 +166,8 @@ def test_branches_keep_the_fewest_blocks(name, blocks):
 
 
 def test_multiply_adds_of_a_known_network():
-    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1),
-                        nn.Flatten(), nn.Linear(4, 5)).train()
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4),
+                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).train()
     assert models.multiply_adds(net, 32) == 3 * 4 * 9 * 32 * 32 + 4 * 5
     assert net.training and torch.equal(net[1].running_mean, torch.zeros(4))
 
@@ -169,9 +180,11 @@ def test_a_branch_is_the_remaining_stages_again():
     for s in range(3):
         h = student.backbone.stages[s](h)
         branch, y = student.branches[s] if s < 2 else student.backbone, h
-        for own, theirs in zip(branch.stages, student.backbone.stages[s + 1:], strict=True) if s < 2 else ():
+        for own, theirs in (
+                zip(branch.stages, student.backbone.stages[s + 1:], strict=True) if s < 2 else ()):
             assert [p.shape for p in own.parameters()] == [p.shape for p in theirs.parameters()]
-            assert not torch.equal(next(own.parameters()), next(theirs.parameters()))  # fresh, not shared
+            # fresh, not shared
+            assert not torch.equal(next(own.parameters()), next(theirs.parameters()))
             y = own(y)
         f = y.mean((2, 3))
         assert torch.allclose(features[s], f, atol=1e-6)
@@ -181,7 +194,8 @@ def test_a_branch_is_the_remaining_stages_again():
 
 def test_a_mixed_cohort():
     """Each student gives what it gives alone, the last stages' maps too."""
-    cohort, x = models.Cohort(["resnet8", "wrn_10_1", "shufflenetv2_0.5"], 10), torch.randn(4, 3, 32, 32)
+    cohort, x = (models.Cohort(["resnet8", "wrn_10_1", "shufflenetv2_0.5"], 10),
+                 torch.randn(4, 3, 32, 32))
     features, logits = cohort(x)
     assert [f.shape for f in features] == [(3, 4, 64), (3, 4, 64), (3, 4, 1024)]
     assert logits.shape == (3, 3, 4, 10) and cohort.widths == [64, 64, 1024] and cohort.stages == 3
@@ -190,7 +204,8 @@ def test_a_mixed_cohort():
         alone = student(x)
         assert torch.equal(features[a], alone[0]) and torch.equal(logits[a], alone[1])
         assert torch.equal(last[a, 0], logits[a, -1])
-        assert torch.allclose(student.backbone.tail(maps[a]).mean((2, 3)), features[a][-1], atol=1e-6)
+        assert torch.allclose(
+            student.backbone.tail(maps[a]).mean((2, 3)), features[a][-1], atol=1e-6)
     assert models.Cohort("resnet8", 10).names == ["resnet8"]
 
 
@@ -202,7 +217,8 @@ def test_aggregator_formula():
         first, _, second = aggregator.mlps[a]
         g = second(F.relu(first(torch.cat([f[a][s, i] for s in range(3)])))).softmax(0)
         assert torch.allclose(out[a, i], sum(g[s] * logits[a, s, i] for s in range(3)), atol=1e-6)
-    sizes = [(mlp[0].in_features, mlp[0].out_features, mlp[2].out_features) for mlp in aggregator.mlps]
+    sizes = [(mlp[0].in_features, mlp[0].out_features, mlp[2].out_features)
+             for mlp in aggregator.mlps]
     assert out.shape == (2, 4, 7) and sizes == [(15, 5, 3), (18, 6, 3)]
 
 
@@ -210,7 +226,8 @@ def test_embedding_is_one_mlp_per_student_and_stage():
     net = models.EmbeddedCohort(models.Cohort(["resnet8", "resnet8"], 10)).eval()
     features, z, _ = net(torch.randn(2, 3, 32, 32))
     for a, s in itertools.product(range(2), range(3)):
-        assert torch.allclose(z[a, s], F.normalize(net.mlps[a][s](features[a][s]), dim=-1), atol=1e-6)
+        assert torch.allclose(
+            z[a, s], F.normalize(net.mlps[a][s](features[a][s]), dim=-1), atol=1e-6)
     assert z.shape == (2, 3, 2, 128) and torch.allclose(z.norm(dim=-1), torch.ones(2, 3, 2))
     assert len({id(m) for mlps in net.mlps for m in mlps}) == 6
 
@@ -228,8 +245,10 @@ def test_a_seed_gives_every_method_the_same_backbones():
 
 def test_initialisation():
     torch.manual_seed(0)
-    for name, he in (("resnet32", True), ("wrn_16_2", True), ("shufflenetv2_1", False), ("hcgnet_a1", False)):
-        convs = [m for m in models.Cohort([name], 10).students[0].modules() if isinstance(m, nn.Conv2d)]
+    for name, he in (("resnet32", True), ("wrn_16_2", True),
+                     ("shufflenetv2_1", False), ("hcgnet_a1", False)):
+        convs = [m for m in models.Cohort([name], 10).students[0].modules()
+                 if isinstance(m, nn.Conv2d)]
         for m in sorted(convs, key=lambda m: -m.weight.numel())[:8]:
             fan_out, fan_in = m.out_channels * m.kernel_size[0] ** 2, m.weight[0].numel()
             expected = (2 / fan_out) ** 0.5 if he else (1 / (3 * fan_in)) ** 0.5  # PyTorch's
@@ -256,7 +275,9 @@ from support.architectures import ARCHITECTURES, ExistingNetwork
 class TwoStages:
     stages, width = 2, 12
     def stem(self): return nn.Conv2d(3, 6, 3, padding=1)
-    def stage(self, s): return nn.Sequential(nn.Conv2d((6, 12)[s], 12, 3, stride=2, padding=1), nn.ReLU())
+    def stage(self, s):
+        convolution = nn.Conv2d((6, 12)[s], 12, 3, stride=2, padding=1)
+        return nn.Sequential(convolution, nn.ReLU())
     def tail(self): return nn.Identity()
     def initialise(self, module): pass
 
@@ -264,7 +285,8 @@ class Net(nn.Module):
     def __init__(self, num_classes):
         super().__init__()
         convolution = lambda inputs, outputs: nn.Conv2d(inputs, outputs, 3)
-        self.features = nn.Sequential(convolution(3, 6), nn.ReLU(), convolution(6, 12), convolution(12, 12))
+        self.features = nn.Sequential(
+            convolution(3, 6), nn.ReLU(), convolution(6, 12), convolution(12, 12))
         self.head = nn.Linear(12, num_classes)
 
 LAYOUT = "features.0 features.1 | features.2 | features.3 | | head"
@@ -273,7 +295,8 @@ ARCHITECTURES.update(own=TwoStages(), net=ExistingNetwork(Net, LAYOUT, width=12)
 
 
 def test_a_model_file_that_was_edited_is_read_anew(tmp_path, monkeypatch):
-    """Also where the edit leaves size and time as they were, which bytecode in a cache is told by."""
+    """Also where the edit leaves size and time as they were,
+    which bytecode in a cache is told by."""
     monkeypatch.setitem(ARCHITECTURES, "edited", None)
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     for depth in (20, 32):
@@ -300,9 +323,11 @@ def own(tmp_path, monkeypatch):
 def test_the_readmes_network_of_torchvision(own):
     """Its width is found; to the last bit torchvision's, of fewer and narrower layers here."""
     text = (Path(models.__file__).parent / "README.md").read_text()
-    block, = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "ExistingNetwork" in b)
+    block, = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+              if "ExistingNetwork" in b)
     small = dict(growth_rate=4, block_config=(1, 2, 1, 1), num_init_features=8)
-    own(block.replace("densenet121,", f"lambda num_classes: DenseNet(num_classes=num_classes, **{small}),")
+    own(block.replace("densenet121,",
+                      f"lambda num_classes: DenseNet(num_classes=num_classes, **{small}),")
         .replace("import densenet121", "import DenseNet"))
     torch.manual_seed(0)
     theirs = build("densenet121", 3).eval()
@@ -326,7 +351,8 @@ def test_students_of_ones_own(own):
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
-    ("from support", "from suport", r"own.py, line 3: ModuleNotFoundError: No module named 'suport'$"),
+    ("from support", "from suport",
+     r"own.py, line 3: ModuleNotFoundError: No module named 'suport'$"),
     ("stages, width =", "stages, width", "own.py: SyntaxError: "),
     ("from support", "exit(); from support", "own.py, line 3: SystemExit"),
     ("width = 2, 12", "width = 2, 13", "student 'own': width is 13, should be 12$"),
@@ -335,8 +361,10 @@ def test_students_of_ones_own(own):
     ("TwoStages()", "TwoStages", "student 'own' is the class TwoStages: register an instance"),
     ("| head", "| heat", "Net has no module 'heat', which its layout names$"),
     ("features.3 | |", "| |", "the layout of Net leaves out features.3.weight$"),
-    ("nn.Linear(12, num", "nn.Linear(13, num", r"student 'net': classifier fails on features .2, 12.: "),
-    ("LAYOUT, width=12", "LAYOUT.replace('| | head', '| head |')", "Net do not run in a row on 64 pixels: "),
+    ("nn.Linear(12, num", "nn.Linear(13, num",
+     r"student 'net': classifier fails on features .2, 12.: "),
+    ("LAYOUT, width=12", "LAYOUT.replace('| | head', '| head |')",
+     "Net do not run in a row on 64 pixels: "),
     ("LAYOUT, width=12", "LAYOUT, width=12, pool='head'", "'net': pooling fails on a map "),
     ("def tail", "def tale", "student 'own' lacks tail; an architecture has stages, width, stem")])
 def test_a_wrong_student_of_ones_own_is_one_line(own, old, new, message):
@@ -362,12 +390,14 @@ def test_load_student(saved):
     assert {fact: getattr(student, fact) for fact in FACTS} == {
         **FACTS, "classes": ["a", "b", "c"], "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
     x = torch.ones(2, 3, 32, 32)
-    assert student.architecture == "resnet8" and not student.training and torch.equal(student(x), backbone(x))
+    assert (student.architecture == "resnet8" and not student.training
+            and torch.equal(student(x), backbone(x)))
     mean, std = torch.tensor([student.mean, student.std])[..., None, None]
 
     pixels = torch.randint(256, (3, 50, 40), dtype=torch.uint8)
     small = torchvision.transforms.v2.functional.resize(pixels, [36], antialias=True)  # [3, 45, 36]
-    assert torch.allclose(student.transform(pixels), (small[:, 6:38, 2:34] / 255 - mean) / std, atol=1e-5)
+    assert torch.allclose(
+        student.transform(pixels), (small[:, 6:38, 2:34] / 255 - mean) / std, atol=1e-5)
     student.resize = 32  # a set in memory
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     fitted = np.array(ImageOps.fit(image, (32, 32), Image.Resampling.BICUBIC))
@@ -376,7 +406,8 @@ def test_load_student(saved):
     whites = dict(L=255, LA=(9, 0), RGBA=(1, 2, 3, 0), CMYK=(0, 0, 0, 0)) | {"I;16": 65535}
     for mode, white in whites.items():
         image = Image.new(mode, (50, 40), white)
-        assert torch.allclose(student.transform(image), ((1 - mean) / std).expand(3, 32, 32), atol=1e-5), mode
+        assert torch.allclose(
+            student.transform(image), ((1 - mean) / std).expand(3, 32, 32), atol=1e-5), mode
     with pytest.raises(UserError, match="uint8"):
         student.transform(torch.zeros(3, 8, 8))
 
@@ -398,7 +429,8 @@ def test_load_pretrained_with_another_number_of_classes(saved):
     ("resnet8", b"PK no zip", "no file of weights, or damaged"),
     ("resnet8", {"conv1.weight": torch.ones(1)}, "is no student file"),
     ("resnet8", "missing", "cannot read .*No such file"),
-    ("resnet18", {"conv1.weight": torch.ones(64, 3, 7, 7)}, "does not fit resnet18: .*Missing key")])
+    ("resnet18", {"conv1.weight": torch.ones(64, 3, 7, 7)},
+     "does not fit resnet18: .*Missing key")])
 def test_files_that_do_not_fit(saved, name, content, message):
     _, path = saved
     if content == "missing":
@@ -433,7 +465,8 @@ def test_bank_update():
     bank, index = models.MemoryBank(LABELS, 2, 3, dim=4, momentum=0.3), [5, 1]
     bank = bank.to(memory_format=torch.channels_last)
     before, z = bank.rows.float(), torch.randn(2, 3, 2, 4, requires_grad=True)
-    assert bank.rows.is_contiguous() and torch.allclose(before.norm(dim=-1), torch.ones(2, 3, 8), atol=1e-3)
+    assert (bank.rows.is_contiguous()
+            and torch.allclose(before.norm(dim=-1), torch.ones(2, 3, 8), atol=1e-3))
     bank.update(torch.tensor([5, 3]), z.flip(2))  # 5: first z1, whole, then z0 into the average
     bank.update(torch.tensor(index), z)
     for a, stage, i in itertools.product(range(2), range(3), range(8)):
@@ -449,7 +482,8 @@ def test_bank_update():
 
 def test_bank_sample():
     state = torch.random.get_rng_state()
-    bank, again, other = (models.MemoryBank(LABELS, 1, 2, dim=4, negatives=4000, seed=s) for s in (0, 0, 1))
+    bank, again, other = (models.MemoryBank(LABELS, 1, 2, dim=4, negatives=4000, seed=s)
+                          for s in (0, 0, 1))
     assert torch.equal(bank.rows, again.rows) and not torch.equal(bank.rows, other.rows)
     index, everyone = torch.tensor([3, 5, 1]), torch.arange(8)
     rows = bank.sample(index, 2, 7)

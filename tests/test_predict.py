@@ -89,7 +89,8 @@ def five(classes, p):
 # ---------------------------------------------------------------- pictures
 
 def test_pictures_and_folders_by_a_student(use, out, images):
-    """Five classes of six, the likeliest first; a folder's images in order, those in folders of it too."""
+    """Five classes of six, the likeliest first;
+    a folder's images in order, those in folders of it too."""
     picture, folder, own = images / "test/class3/9.png", images / "test/class0", student(out, 1)
     (Path("deep") / "er").mkdir(parents=True)
     shutil.copy(picture, "deep/er/x.png")
@@ -103,13 +104,17 @@ def test_several_students_by_their_mean_probability(use, out, images):
     """Of last.pt those of the student files; of best.pt its own."""
     pictures = sorted(images.glob("test/*/9.png"))
     for checkpoint in ("last.pt", "best.pt"):
-        students = [predict.load_student(file) for file in predict.load_contents(out / checkpoint)[0]]
-        means = [sum(probabilities(network, picture) for network in students) / 2 for picture in pictures]
+        students = [predict.load_student(file)
+                    for file in predict.load_contents(out / checkpoint)[0]]
+        means = [sum(probabilities(network, picture) for network in students) / 2
+                 for picture in pictures]
         assert use(*pictures, "--student", out / checkpoint) == [
-            f"{picture}  {five(students[0].classes, p)}" for picture, p in zip(pictures, means, strict=True)]
+            f"{picture}  {five(students[0].classes, p)}"
+            for picture, p in zip(pictures, means, strict=True)]
         if checkpoint == "last.pt":
-            first, second = (torch.stack([probabilities(student(out, a), picture) for picture in pictures])
-                             for a in (1, 2))
+            first, second = (
+                torch.stack([probabilities(student(out, a), picture) for picture in pictures])
+                for a in (1, 2))
             assert torch.equal(torch.stack(means), (first + second) / 2)
             assert (first - second).abs().max() > 0.01  # the mean is not one of them
 
@@ -124,7 +129,10 @@ def scores(log):
 
 
 def test_scores_equal_those_of_the_run(use, out, images):
-    """last.pt knows where its data is; a student file is told. best.pt has its own epoch's scores."""
+    """last.pt knows where its data is; a student file is told.
+
+    best.pt has its own epoch's scores.
+    """
     log = read_log(out)
     assert use("--student", out / "last.pt", "--dataset", "folder") == scores(log)
     best = files.load_checkpoint(out / "best.pt")["best_epoch"]
@@ -136,7 +144,8 @@ def test_scores_equal_those_of_the_run(use, out, images):
 
 
 def test_scores_where_test_images_were_split_off(use, run, images):
-    """A folder without test images: the run's --seed and --validation-fraction say which were held back."""
+    """A folder without test images:
+    the run's --seed and --validation-fraction say which were held back."""
     shutil.copytree(images / "train", "all/train")
     split = ["--validation-fraction", 0.33, "--seed", 3]
     log = run(*split, "--data-dir", "all", "--method", "independent", "--batch-size", 12, epochs=1)
@@ -147,13 +156,14 @@ def test_scores_where_test_images_were_split_off(use, run, images):
 
 
 def test_scores_of_a_streamed_run(use, run, images):
-    """Its images are resized and cropped as it did, for student files too, which remember the size."""
+    """Its images are resized and cropped as it did,
+    for student files too, which remember the size."""
     log = run("--stream", "--workers", 0, "--method", "independent", "--batch-size", 12,
               "--validation-fraction", 0.33, epochs=1)
     folder = ["--dataset", "folder", "--workers", 0]
     assert use("--student", "out/last.pt", *folder) == scores(log)
-    assert use("--student", "out/student_2_small.pt", *folder, "--data-dir", images) == \
-        [scores(log)[1].replace("student 2", "student 1")]
+    second = scores(log)[1].replace("student 2", "student 1")
+    assert use("--student", "out/student_2_small.pt", *folder, "--data-dir", images) == [second]
     line, = use("--student", "out/student_1_small.pt", images / "test/class3/9.png")
     assert line.count("class") == 6
 
@@ -176,7 +186,8 @@ if len(sys.argv) > 1:
     from onnx.reference import ReferenceEvaluator
     model = onnx.load("net.onnx")
     onnx.checker.check_model(model, full_check=True)
-    found["onnx"] = [torch.tensor(ReferenceEvaluator(model).run(None, {"images": x.numpy()})[0]) for x in batches]
+    run = lambda x: ReferenceEvaluator(model).run(None, {"images": x.numpy()})[0]
+    found["onnx"] = [torch.tensor(run(x)) for x in batches]
     assert json.loads({p.key: p.value for p in model.metadata_props}["classes"]) == found["classes"]
     (given,), (result,) = model.graph.input, model.graph.output
     assert (given.name, result.name) == ("images", "probabilities")
@@ -186,16 +197,19 @@ torch.save(found, "found.pt")
 
 
 def test_exported_networks_need_nothing_of_ours(use, out):
-    """In a process that starts in another folder: uint8 of any batch size in, probabilities out, classes beside."""
+    """In a process that starts in another folder:
+    uint8 of any batch size in, probabilities out, classes beside."""
     line, = use("--student", out / "student_2_small_12.pt", "--export", "new/net.pt2")
-    assert line == "student 1  small_12: new/net.pt2, uint8 [B, 3, 16, 16] -> probabilities, 6 classes"
+    assert line == ("student 1  small_12: new/net.pt2, "
+                    "uint8 [B, 3, 16, 16] -> probabilities, 6 classes")
     onnx = [package for package in ("onnx", "onnxscript") if importlib.util.find_spec(package)]
     if len(onnx) == 2:
         use("--student", out / "student_2_small_12.pt", "--export", "net.onnx")
     batches, own = [batch(1), batch(5)], student(out, 2)
     torch.save(batches, "batches.pt")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", "-c", ELSEWHERE, *onnx[1:]]
+    command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s",
+               "-c", ELSEWHERE, *onnx[1:]]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = torch.load("found.pt")
@@ -227,7 +241,8 @@ methods.METHODS["offline"] = Offline
 
 
 def test_a_trained_student_teaches_and_stays_as_it_is(out, run, monkeypatch):
-    """RUNNING.md's offline distillation: not a bit of the teacher moves, in any mode of what holds it."""
+    """RUNNING.md's offline distillation:
+    not a bit of the teacher moves, in any mode of what holds it."""
     page = (ROOT / "docs/RUNNING.md").read_text()
     shown = page[page.index("class Offline"):page.index('methods.METHODS["offline"]')]
     assert shown.strip() in textwrap.dedent(TEACHING)
@@ -237,7 +252,8 @@ def test_a_trained_student_teaches_and_stays_as_it_is(out, run, monkeypatch):
     teacher = student(out, 1)
     monkeypatch.setitem(sys.modules["options"].METHODS, "offline", methods.METHODS["offline"])
     monkeypatch.setitem(train.METHODS, "offline", methods.METHODS["offline"])
-    _, line = run("--method", "offline", "--teacher", out / "student_1_small.pt", out="taught", epochs=1)
+    _, line = run("--method", "offline", "--teacher", out / "student_1_small.pt",
+                  out="taught", epochs=1)
     assert line["kd"] > 0
     state = files.load_checkpoint("taught/last.pt")["model"]
     for name, value in teacher.state_dict().items():
@@ -250,8 +266,8 @@ def test_export_of_a_transformer(use, monkeypatch):
     """Its windows are shifted and rolled whatever the batch size."""
     torch.manual_seed(0)
     build = functools.partial(SwinTransformer, [4, 4], 8, [2, 1], [1, 2], [2, 2])
-    layout = ("features.0 permute | features.0.1 features.1 permute | features.0.1 features.2-3 permute | "
-              "features.0.1 norm permute | head")
+    layout = ("features.0 permute | features.0.1 features.1 permute | "
+              "features.0.1 features.2-3 permute | features.0.1 norm permute | head")
     monkeypatch.setitem(ARCHITECTURES, "two_stages", ExistingNetwork(build, layout, pool="avgpool"))
     backbone = models.Backbone("two_stages", 3)
     for p in backbone.parameters():
@@ -268,15 +284,19 @@ def test_export_of_a_transformer(use, monkeypatch):
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
 def test_export_for_onnx_without_its_packages(fails, out, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    fails(["--student", out / "student_1_small.pt", "--export", "net.onnx"], "pip install onnx onnxscript")
+    fails(["--student", out / "student_1_small.pt", "--export", "net.onnx"],
+          "pip install onnx onnxscript")
     assert not Path("net.onnx").exists()
 
 
 def test_export_of_several_students(use, out, images):
-    """Each by itself, as numbered files; student files of best.pt are read again. Other uses go beside it."""
+    """Each by itself, as numbered files; student files of best.pt are read again.
+
+    Other uses go beside it.
+    """
     picture = images / "test/class3/9.png"
-    *evaluated, named, first, second = use(picture, "--student", out / "best.pt", "--export", "net.pt",
-                                           "--dataset", "folder")
+    *evaluated, named, first, second = use(
+        picture, "--student", out / "best.pt", "--export", "net.pt", "--dataset", "folder")
     assert len(evaluated) == 2 and named.startswith(f"{picture}  class")
     assert first == "student 1  small: net_1.pt, student file, 6 classes" and "net_2.pt" in second
     assert sorted(p.name for p in Path().iterdir()) == ["net_1.pt", "net_2.pt"]
@@ -287,7 +307,8 @@ def test_export_of_several_students(use, out, images):
         for key, value in network.state_dict().items():
             assert torch.equal(value, state[f"students.cohort.students.{a}.backbone.{key}"])
     use("--student", out / "best.pt", "--export", "net.pt2")
-    assert [torch.export.load(f"net_{a}.pt2").module()(batch(2)).shape for a in (1, 2)] == [(2, 6)] * 2
+    assert [torch.export.load(f"net_{a}.pt2").module()(batch(2)).shape
+            for a in (1, 2)] == [(2, 6)] * 2
 
 
 # ---------------------------------------------------------------- weights as people save them
@@ -300,9 +321,11 @@ def named(before, state=None):
 
 
 @pytest.mark.parametrize("content, words", [
-    (named("module."), ", less 'module.'"), (named("module._orig_mod."), ", less 'module._orig_mod.'"),
+    (named("module."), ", less 'module.'"),
+    (named("module._orig_mod."), ", less 'module._orig_mod.'"),
     ({"model": SHUFFLE}, ", of the file's ['model']"),
-    ({"epoch": 3, "state_dict": named("module."), "optimizer": {"state": {0: {"momentum": torch.ones(1)}}}},
+    ({"epoch": 3, "state_dict": named("module."),
+      "optimizer": {"state": {0: {"momentum": torch.ones(1)}}}},
      ", of the file's ['state_dict'], less 'module.'"),
     ({"checkpoint": {"net": SHUFFLE}}, ", of the file's ['checkpoint']['net']")])
 def test_weights_inside_of_what_a_file_holds(use, content, words):
@@ -316,10 +339,14 @@ def test_weights_inside_of_what_a_file_holds(use, content, words):
 
 
 @pytest.mark.parametrize("content, words", [
-    ({"model": SHUFFLE, "model_ema": SHUFFLE}, ["several dictionaries of tensors (['model'], ['model_ema'])"]),
-    ({"model": SHUFFLE, "args": Namespace(lr=0.1)}, ["holds objects of argparse.Namespace", "torch.save(x['model'], NEW)"]),
-    (torch.nn.Linear(2, 2), ["holds objects of torch.nn.modules.linear.Linear", "torch.save(x.state_dict(), NEW)"]),
-    ([1, 2], ["no dictionary of tensors, but a list"]), ({"epoch": 3}, ["no dictionary of tensors, but a dict of epoch"]),
+    ({"model": SHUFFLE, "model_ema": SHUFFLE},
+     ["several dictionaries of tensors (['model'], ['model_ema'])"]),
+    ({"model": SHUFFLE, "args": Namespace(lr=0.1)},
+     ["holds objects of argparse.Namespace", "torch.save(x['model'], NEW)"]),
+    (torch.nn.Linear(2, 2),
+     ["holds objects of torch.nn.modules.linear.Linear", "torch.save(x.state_dict(), NEW)"]),
+    ([1, 2], ["no dictionary of tensors, but a list"]),
+    ({"epoch": 3}, ["no dictionary of tensors, but a dict of epoch"]),
     (named("encoder.", dict(list(SHUFFLE.items())[9:])), ["Missing keys conv1.0.weight"]),
     (named("", {"a.b": torch.ones(1)}), ["unknown keys b"])])
 def test_what_else_a_file_of_weights_holds_is_said(fails, content, words):
@@ -336,7 +363,8 @@ def test_what_else_a_file_of_weights_holds_is_said(fails, content, words):
 def test_student_files_inside_of_others(use, out, images):
     picture, student = images / "test/class3/9.png", files.read(out / "student_1_small.pt")
     want = use(picture, "--student", out / "student_1_small.pt")
-    for content in ({"model": student}, student | dict(state_dict=named("module.", student["state_dict"]))):
+    for content in ({"model": student},
+                    student | dict(state_dict=named("module.", student["state_dict"]))):
         torch.save(content, "net.pt")
         assert use(picture, "--student", "net.pt") == want
 
@@ -347,7 +375,8 @@ def test_student_files_inside_of_others(use, out, images):
     (["--student", "net.pt"], 2, "nothing to do: give pictures, --dataset or --export"),
     (["x.png"], 2, "--student"),
     (["--student", ""], 2, "--student: must be a file's name"),
-    (["--student", "net.pt", "--export", "net.tflite"], 2, "--export: must end in .pt2, .onnx, .pt"),
+    (["--student", "net.pt", "--export", "net.tflite"], 2,
+     "--export: must end in .pt2, .onnx, .pt"),
     (["--student", "net.pt", "--export", "net"], 2, "--export: must end in"),
     (["--student", "net.pt", "--dataset", "mnist"], 2, "--dataset: invalid choice"),
     (["--student", "nothing.pt", "x.png"], 1, "cannot read nothing.pt (No such file"),
@@ -361,9 +390,11 @@ def test_student_files_inside_of_others(use, out, images):
     (["--student", "net.pt", "nothing.png"], 1, "cannot read image nothing.png"),
     (["--student", "net.pt", "junk.pt"], 1, "cannot read image junk.pt"),
     (["--student", "net.pt", "folder"], 1, "no image in folder"),
-    (["--student", "net.pt", "--dataset", "folder", "--data-dir", "gone"], 1, "--data-dir gone: no folder"),
+    (["--student", "net.pt", "--dataset", "folder", "--data-dir", "gone"], 1,
+     "--data-dir gone: no folder"),
     (["--student", "net.pt", "--dataset", "folder", "--data-dir", "other"], 1,
-     "net.pt was trained on other classes (class0, class1, class2, class3, class4, class5) than those of"),
+     "net.pt was trained on other classes (class0, class1, class2, class3, class4, class5) "
+     "than those of"),
     (["--student", "net.pt", "--export", "junk.pt/x.pt"], 1, "the folder of --export"),
     (["--student", "net.pt", "--model-file", "nowhere.py", "x.png"], 1, "nowhere.py"),
 ])
@@ -386,7 +417,8 @@ def test_user_errors_end_in_one_line(fails, out, images, more, status, words):
 def test_torchrun_is_refused(fails, out, monkeypatch):
     for item in dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0").items():
         monkeypatch.setenv(*item)
-    fails(["--student", out / "last.pt", "x.png"], "predict.py wants one process: leave torchrun out")
+    fails(["--student", out / "last.pt", "x.png"],
+          "predict.py wants one process: leave torchrun out")
 
 
 def test_last_pt_with_other_classes_is_refused(fails, out, images):

@@ -1,4 +1,5 @@
-"""Several processes: two gloo processes against one that evaluates both halves of each batch and averages."""
+"""Several processes: two gloo processes against one
+that evaluates both halves of each batch and averages."""
 
 import functools
 import itertools
@@ -26,7 +27,8 @@ BANK = ["--contrast", "bank", "--negatives", "12"]
 CASES = [*(["--method", name, *PAIR] for name in METHODS), ["--method", "lmcl", *MIXED],
          ["--method", "lmcl", *PAIR, *BANK, "--contrast-start", "0"],
          ["--method", "lmcl", *PAIR, "--virtual-lambda", "moving"],
-         ["--method", "lmcl", *PAIR, *BANK, "--soft-ramp", "3"],  # contrast from the second epoch on
+         # contrast from the second epoch on
+         ["--method", "lmcl", *PAIR, *BANK, "--soft-ramp", "3"],
          ["--method", "mcl", *MIXED, *BANK, "--logit-kd"]]
 
 
@@ -40,8 +42,8 @@ def setting(flags, images, processes):
     method.gather = processes.gather
     if method.bank:
         method.bank.half()
-    run = Run(args, None, method, method.optimizers(), metadata={}, steps_per_epoch=3, images_per_epoch=54,
-              processes=processes, signals=None)
+    run = Run(args, None, method, method.optimizers(), metadata={}, steps_per_epoch=3,
+              images_per_epoch=54, processes=processes, signals=None)
     run.start_epoch()
     run.set_lr(0.05)
     return args, dataset, method, run
@@ -53,7 +55,8 @@ def batches(dataset, method, share):
         epoch, place = divmod(step, 3)
         method.start_epoch(epoch)
         images, labels, index = next(dataset.train_batches(16, 0, epoch, place, share=share))
-        yield images.double(), labels, method.bank.sample(index, epoch, place) if method.bank else None
+        yield (images.double(), labels,
+               method.bank.sample(index, epoch, place) if method.bank else None)
 
 
 SECOND = (1, 3)  # the steps after which there is a second one
@@ -78,12 +81,14 @@ def by_processes(rank, flags, images, broken=None):
     same = processes.all_equal(fingerprint(method))
     optimizers = processes.all_equal(str([o.state_dict() for o in run.optimizers]))
     processes.stop()
-    torch.save((same and optimizers, logged, method.state_dict(), run.images_seen), f"result{rank}.pt")
+    torch.save((same and optimizers, logged, method.state_dict(), run.images_seen),
+               f"result{rank}.pt")
 
 
 @functools.cache
 def by_one(flags, images):
-    """The definition: loss and running statistics are the means of the halves', bank rows the halves' own."""
+    """The definition: loss and running statistics are the means of the halves',
+    bank rows the halves' own."""
     args, dataset, method, run = setting(flags, images, Processes({}))
     halves = [batches(dataset, method, (rank, 2)) for rank in (0, 1)]
     for step, pair in enumerate(zip(*halves, strict=True)):
@@ -94,10 +99,12 @@ def by_one(flags, images):
                 buffer.copy_(value)
             outputs = method(images)
             terms = method.terms(outputs, labels, rows)
-            (sum(weight * value for weight, value in terms.values() if weight is not None) / 2).backward()
+            (sum(weight * value for weight, value in terms.values()
+                 if weight is not None) / 2).backward()
             after.append([b.clone() for b in method.statistics()])
             found.append(outputs)
-            shown.append({name: value.detach() * (weight or 1) for name, (weight, value) in terms.items()})
+            shown.append({name: value.detach() * (weight or 1)
+                          for name, (weight, value) in terms.items()})
         for buffer, *values in zip(method.statistics(), *after, strict=True):
             buffer.copy_(sum(values) / 2)
         fill_gradients(run.optimizers[0])
@@ -118,7 +125,8 @@ def meta_step_by_one(args, method, run, halves):
     names, params = zip(*method.students.named_parameters(), strict=True)
 
     def call(theta, images):
-        return torch.func.functional_call(method.students, dict(zip(names, theta, strict=True)), (images,))
+        return torch.func.functional_call(
+            method.students, dict(zip(names, theta, strict=True)), (images,))
 
     moving = args.virtual_lambda == "moving"
     phi = list(method.matching_network.parameters())
@@ -133,15 +141,17 @@ def meta_step_by_one(args, method, run, halves):
         return total
 
     def outer(theta):
-        return sum(losses.cross_entropy(call(theta, images)[2], labels) for images, labels, _ in halves) / 2
+        return sum(losses.cross_entropy(call(theta, images)[2], labels)
+                   for images, labels, _ in halves) / 2
 
     with meta.batch_statistics(method.students):
         with torch.no_grad():
             features = [call(params, images)[0] for images, _, _ in halves]
         weights = [method.matching_network(f) for f in features]
         held = [w.detach().requires_grad_() for w in weights]
-        grads = meta.hypergradient(inner, outer, params, phi if moving else held, inner_steps=args.meta_steps,
-                                   lr=0.05, momentum=0.9, weight_decay=args.weight_decay)
+        grads = meta.hypergradient(
+            inner, outer, params, phi if moving else held, inner_steps=args.meta_steps,
+            lr=0.05, momentum=0.9, weight_decay=args.weight_decay)
     run.optimizers[1].zero_grad()
     if moving:
         for p, grad in zip(phi, grads, strict=True):
@@ -161,21 +171,26 @@ def discriminator_step_by_one(method, run, halves):
 
 
 def worst_difference(a, b):
-    pairs = ((a[k].double(), b[k].double()) for k in b if "num_batches_tracked" not in k)  # one counts twice
+    # one counts twice
+    pairs = ((a[k].double(), b[k].double()) for k in b if "num_batches_tracked" not in k)
     differences = [(x - y).abs().max() / (1 + y.abs().max()) for x, y in pairs]
     return torch.stack(differences).max().item()  # NaN stays
 
 
 @pytest.mark.parametrize("flags", CASES, ids=lambda flags: "-".join(flags[1:]).replace("--", ""))
 def test_two_processes_equal_one(flags, images, tmp_path):
-    bank, statuses = "bank" in flags, wait(fork(2, lambda rank: by_processes(rank, flags, images), tmp_path))
+    bank, statuses = (
+        "bank" in flags,
+        wait(fork(2, lambda rank: by_processes(rank, flags, images), tmp_path)))
     assert statuses == [0, 0], (tmp_path / "output0.txt").read_text()
     same, logged, state, seen = torch.load(tmp_path / "result0.pt")
     expected_terms, expected = by_one(tuple(flags), images)
     assert same  # model, optimizers, bank: bit for bit
     assert seen == 5 * 16  # of both: a batch has 18, which do not divide in pairs
-    torch.testing.assert_close({k: logged[k] for k in expected_terms}, expected_terms, rtol=1e-10, atol=1e-12)
-    assert worst_difference(state, {k: v for k, v in expected.items() if not k.startswith("bank.")}) < 1e-11
+    torch.testing.assert_close(
+        {k: logged[k] for k in expected_terms}, expected_terms, rtol=1e-10, atol=1e-12)
+    assert worst_difference(
+        state, {k: v for k, v in expected.items() if not k.startswith("bank.")}) < 1e-11
     assert not bank or worst_difference(state, expected) < 1e-3  # float16 rows may round apart
 
 
@@ -191,7 +206,8 @@ class Sometimes(torch.nn.Module):
 
 
 def with_and_without(rank, images):
-    """Step 1: process 0 alone uses the layer. Step 2: none does. Step 3: a frozen one is unfrozen, late."""
+    """Step 1: process 0 alone uses the layer. Step 2: none does.
+    Step 3: a frozen one is unfrozen, late."""
     processes = Processes()
     processes.start(torch.device("cpu"))
     args, dataset, method, run = setting(["--method", "independent", *PAIR], images, processes)
@@ -210,7 +226,8 @@ def with_and_without(rank, images):
         terms = method.terms(method(batch[0]), batch[1], None)
         own = torch.autograd.grad(terms["ce"][1], weight, allow_unused=True)[0]
         train.train_step(args, method, run, *batch)
-        seen.append((own, weight.grad.clone(), before - weight.detach(), (unfrozen - late.detach()).norm()))
+        seen.append((own, weight.grad.clone(), before - weight.detach(),
+                     (unfrozen - late.detach()).norm()))
     same = processes.all_equal(fingerprint(method))
     processes.stop()
     torch.save((same, seen, args.weight_decay), f"result{rank}.pt")
@@ -268,11 +285,13 @@ def test_stopped_by_a_signal_to_one_process_and_resumed(images, tmp_path, capsys
     parts = tmp_path / "parts"
     stopped = fork(2, signalled(signal.SIGTERM, 5, images, *more), parts)
     assert wait(stopped) == [1, 1]  # process 0 hears of it from 1
-    assert "after step 5; the same command with --resume goes on" in (parts / "output0.txt").read_text()
+    assert ("after step 5; the same command with --resume goes on"
+            in (parts / "output0.txt").read_text())
     assert "error" not in (parts / "output1.txt").read_text()
     with pytest.raises(SystemExit):
         program(images, parts / "out", *more, "--resume")(0)
-    assert "last.pt was made by 2 processes, and this is 1: start as many" in capsys.readouterr().err
+    assert ("last.pt was made by 2 processes, and this is 1: start as many"
+            in capsys.readouterr().err)
     assert wait(fork(2, program(images, "out", *more, "--resume"), parts)) == [0, 0]
     assert_same(parts / "out", tmp_path / "whole" / "out")
     assert read_log(parts / "out")[0]["processes"] == 2
@@ -282,8 +301,10 @@ def test_a_process_that_dies_takes_the_other_down(images, tmp_path):
     more = ["--method", "dml", "--save-every", "0.00001"]
     killed = fork(2, signalled(signal.SIGKILL, 3, images, *more), tmp_path)
     assert wait(killed, limit=30) == [1, -signal.SIGKILL]
-    error = [line for line in (tmp_path / "output0.txt").read_text().splitlines() if "error" in line]
-    assert len(error) == 1 and "another process of this run has ended" in error[0] and "--resume" in error[0]
+    error = [line for line in (tmp_path / "output0.txt").read_text().splitlines()
+             if "error" in line]
+    assert (len(error) == 1 and "another process of this run has ended" in error[0]
+            and "--resume" in error[0])
     assert wait(fork(2, program(images, "out", *more, "--resume"), tmp_path)) == [0, 0]
     assert "out/last.pt, 2 steps done" in (tmp_path / "output0.txt").read_text()
 
@@ -307,8 +328,9 @@ def test_torchrun_on_two_nodes(images, tmp_path):
     def agent(rank):
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             del os.environ[name]
-        args = torchrun.parse_args(["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1",
-                                    "--master-port", str(port), "--node-rank", str(rank), "train.py"])
+        args = torchrun.parse_args(["--nnodes", "2", "--nproc-per-node", "1",
+                                    "--master-addr", "127.0.0.1", "--master-port", str(port),
+                                    "--node-rank", str(rank), "train.py"])
         config, _, _ = torchrun.config_from_args(args)
         config.start_method = "fork"  # quicker than python train.py: torch is there
         elastic_launch(config, program(images, "out", *more))(rank)

@@ -1,4 +1,5 @@
-"""support/run.py, files.py, console.py, cuda_graphs.py: whole files, locks, signals, a run's log and end."""
+"""support/run.py, files.py, console.py, cuda_graphs.py:
+whole files, locks, signals, a run's log and end."""
 
 import hashlib
 import io
@@ -26,7 +27,15 @@ import train
 from conftest import Small, assert_same, bits, read_log, results
 from support import files
 from support.arguments import WHERE
-from support.console import ImageError, Interrupted, Signals, UserError, one_line_errors, shorten, show_line
+from support.console import (
+    ImageError,
+    Interrupted,
+    Signals,
+    UserError,
+    one_line_errors,
+    shorten,
+    show_line,
+)
 from support.cuda_graphs import CUDAGraphs, draws_random_numbers
 from support.processes import Processes
 from support.run import OutDir, Run, compare_arguments
@@ -51,13 +60,15 @@ def example():
     return dict(format=files.CHECKPOINT_FORMAT, model=net.state_dict(),
                 optimizers=[o.state_dict() for o in optimizers], mean=(0.1, 1 / 3, 1e-300),
                 args={"lr": 0.1, "arch": ["resnet8", "wrn_10_1"], "out_dir": "naïve/ö", "x": None},
-                best=-1.0, seed=2 ** 63 - 1, odd=torch.tensor([float("nan"), float("inf"), -0.0, 1e-45]),
+                best=-1.0, seed=2 ** 63 - 1,
+                odd=torch.tensor([float("nan"), float("inf"), -0.0, 1e-45]),
                 sums={"shapes": {"loss": []}, "values": torch.rand(1)},
                 log=[{"classes": ["a", "b"]}, {"epoch": 1}])
 
 
 def damages(content, truncations=50, flips=50):
-    """(what, bytes): content cut short, and with one bit wrong, at both ends and at random places between."""
+    """(what, bytes): content cut short, and with one bit wrong,
+    at both ends and at random places between."""
     draw, n = random.Random(0), len(content)
     for cut in [0, 1, n - 1, *draw.sample(range(2, n - 1), truncations - 3)]:
         yield "truncation", content[:cut]
@@ -148,7 +159,8 @@ def test_a_file_system_without_hard_links(number, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", no_links)
     for content in (b"one", b"two", b"three"):
         files.write(tmp_path / "last", content, keep=tmp_path / "previous")
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"last": b"three", "previous": b"two"}
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
+        "last": b"three", "previous": b"two"}
 
 
 @pytest.mark.parametrize("where, fails_at", [("open", 1), ("write", 1), ("fsync", 1), ("link", 1),
@@ -191,9 +203,11 @@ def test_where_nothing_can_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Not a directory"):
         files.write(tmp_path / "file" / "x", b"1")
-    with pytest.raises(UserError, match="cannot make --here .*/file/x .Not a directory.: give another"):
+    with pytest.raises(UserError,
+                       match="cannot make --here .*/file/x .Not a directory.: give another"):
         files.make_folder(tmp_path / "file" / "x", "--here")
-    with pytest.raises(UserError, match="cannot make --out-dir .*/file/x .Not a directory.: give another"):
+    with pytest.raises(UserError,
+                       match="cannot make --out-dir .*/file/x .Not a directory.: give another"):
         OutDir(tmp_path / "file" / "x").open()
 
     def read_only(*args, **settings):  # also what unlink says on such a file system
@@ -210,7 +224,8 @@ def test_where_nothing_can_be_written(tmp_path, monkeypatch):
 # A child without torch, which takes seconds to load: stand-ins for what support/run.py imports.
 LOCKING = """
 import sys, time, unittest.mock
-for name in ("torch", "torch.utils", "torch.utils._pytree", "numpy", "PIL", "support.files", "support.processes"):
+for name in ("torch", "torch.utils", "torch.utils._pytree", "numpy", "PIL",
+             "support.files", "support.processes"):
     sys.modules[name] = unittest.mock.MagicMock()
 from support.run import OutDir
 out = OutDir(sys.argv[1])
@@ -254,7 +269,8 @@ def test_only_where_and_how_far_may_differ_when_a_run_goes_on():
     now = SimpleNamespace(**dict.fromkeys(WHERE, 2), lr=0.1, epochs=3, arch=["a", "b"], of_new=1)
     compare_arguments(now, saved, "last.pt")
     now.arch = ["a", "c"]
-    with pytest.raises(UserError, match="^last.pt was made with .* --arch a b .now a c.; give the same"):
+    with pytest.raises(UserError,
+                       match="^last.pt was made with .* --arch a b .now a c.; give the same"):
         compare_arguments(now, saved, "last.pt")
 
 
@@ -292,7 +308,8 @@ def test_under_torchrun_a_second_signal_ends_nothing(capfd):
         assert capfd.readouterr().err == "\ntrain.py: stopping after this step\n" * (rank == 0)
 
 
-@pytest.mark.parametrize("first, second", [(signal.SIGINT, signal.SIGINT), (signal.SIGHUP, signal.SIGTERM)])
+@pytest.mark.parametrize("first, second", [
+    (signal.SIGINT, signal.SIGINT), (signal.SIGHUP, signal.SIGTERM)])
 def test_the_second_signal_ends_the_process_at_once(first, second):
     program = ("import time, types\n"
                "from support.console import Signals\n"
@@ -314,7 +331,8 @@ def test_the_second_signal_ends_the_process_at_once(first, second):
 
 
 def test_a_broken_pipe_does_not_end_a_run():
-    """Standard output is a pipe whose reader has gone, or a full device: say() goes on, the exit is clean."""
+    """Standard output is a pipe whose reader has gone, or a full device:
+    say() goes on, the exit is clean."""
     program = ("import sys\n"
                "from support.console import say\n"
                "for i in range(3): say('x' * 100_000)\n"
@@ -345,10 +363,11 @@ def test_words_that_fit(capsys, monkeypatch):
     (torch.OutOfMemoryError("CUDA"), 1,
      "x.py: error: out of memory on cuda:1: try a smaller --batch-size or smaller images\n"),
     (RuntimeError("f does not have a deterministic implementation, but"), 1,
-     "x.py: error: --deterministic cannot be had here (f does not have a deterministic implementation): "
-     "leave it out\n")])
+     "x.py: error: --deterministic cannot be had here "
+     "(f does not have a deterministic implementation): leave it out\n")])
 def test_what_ends_a_program_is_one_line(error, status, words, capsys):
-    with pytest.raises(SystemExit) as end, one_line_errors("x.py", SimpleNamespace(device="cuda:1")):
+    with (pytest.raises(SystemExit) as end,
+          one_line_errors("x.py", SimpleNamespace(device="cuda:1"))):
         raise error
     assert (end.value.code, *capsys.readouterr()) == (status, "", words)
 
@@ -368,9 +387,11 @@ def make_run(out, **more):
                                      device=torch.device("cpu")), **more})
     model, out = torch.nn.Linear(1, 1, bias=False), OutDir(out)
     out.open()
-    optimizers = [torch.optim.SGD(model.parameters(), 0.1), torch.optim.Adam(model.parameters(), 0.3)]
-    return Run(args, out, model, optimizers, metadata=dict(classes=["a"], digest=""), steps_per_epoch=3,
-               images_per_epoch=6, processes=Processes({}), signals=SimpleNamespace(name=None))
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1),
+                  torch.optim.Adam(model.parameters(), 0.3)]
+    return Run(args, out, model, optimizers, metadata=dict(classes=["a"], digest=""),
+               steps_per_epoch=3, images_per_epoch=6, processes=Processes({}),
+               signals=SimpleNamespace(name=None))
 
 
 def test_best_pt_is_of_the_epoch_with_the_largest_score(tmp_path):
@@ -398,10 +419,12 @@ def test_a_term_of_any_shape_is_logged_as_nested_lists(tmp_path):
         pass
     run.end_epoch(run.epoch_line(test_top1=[50.0]), 50.0)
     line = read_log(tmp_path)[1]
-    assert line["loss"] == 1.123457 and (line["epoch"], line["step"], line["test_top1"]) == (1, 3, [50.0])
+    assert (line["loss"] == 1.123457
+            and (line["epoch"], line["step"], line["test_top1"]) == (1, 3, [50.0]))
     mean = pairs.double().mean(0)
     assert torch.tensor(line["matching"]).shape == (2, 3, 2, 3)
-    torch.testing.assert_close(torch.tensor(line["matching"]).double(), mean, rtol=0, atol=6e-5)  # 4 digits
+    # 4 digits
+    torch.testing.assert_close(torch.tensor(line["matching"]).double(), mean, rtol=0, atol=6e-5)
     assert all(x == round(x, 4) for x in tree_leaves(line["matching"]))
 
 
@@ -410,7 +433,8 @@ def test_a_term_of_any_shape_is_logged_as_nested_lists(tmp_path):
     (["loss"], "loss")])
 @pytest.mark.parametrize("value, after", [("nan", 1.0), ("inf", float("nan"))])
 def test_a_term_that_is_not_finite_is_named_with_its_step(tmp_path, spoiled, words, value, after):
-    """It is the 2nd of the 2nd epoch; what comes after neither hides it nor is named; nothing is saved."""
+    """It is the 2nd of the 2nd epoch; what comes after neither hides it nor is named;
+    nothing is saved."""
     run = make_run(tmp_path)
     for step in range(1, 7):
         usual = after if step == 6 else 1.0
@@ -438,7 +462,8 @@ def test_the_rate_goes_to_sgd_and_to_whoever_reads_it(tmp_path):
     graphs = make_run(tmp_path / "graphs", cuda_graph=True)
     tensor = graphs.lr
     graphs.set_lr(0.02)
-    assert graphs.lr is tensor is graphs.optimizers[0].param_groups[0]["lr"] and tensor == torch.tensor(0.02)
+    assert (graphs.lr is tensor is graphs.optimizers[0].param_groups[0]["lr"]
+            and tensor == torch.tensor(0.02))
     assert graphs.logged_lr == 0.02
     run.optimizers[1] = torch.optim.AdamW(run.model.parameters(), 0.3)
     run.set_lr(0.03)
@@ -455,8 +480,10 @@ def test_adam_is_told_of_cuda_graphs_in_a_resumed_run_too(tmp_path):
 
 
 def test_short_epochs_are_not_each_saved(run, monkeypatch):
-    """Ten seconds lie between saves, the last epoch is saved; best.pt is still that of the best epoch."""
-    whole, now, scores = run("--method", "independent", out="whole", epochs=5), [100.0], iter((1, 2, 9, 4, 3))
+    """Ten seconds lie between saves, the last epoch is saved;
+    best.pt is still that of the best epoch."""
+    whole, now, scores = (
+        run("--method", "independent", out="whole", epochs=5), [100.0], iter((1, 2, 9, 4, 3)))
     monkeypatch.setattr(Run, "SECONDS_BETWEEN_SAVES", 10)
     monkeypatch.setattr("support.run.time", SimpleNamespace(perf_counter=lambda: now[0]))
     written, end_epoch, saving, add = [], Run.end_epoch, Run.save, Run.add
@@ -481,7 +508,8 @@ def test_short_epochs_are_not_each_saved(run, monkeypatch):
     assert written == [1, 2, 3, "saved", 4, 5, "saved"] and len(log) == 6
     for name, epoch in (("previous.pt", 3), ("last.pt", 5), ("best.pt", 3)):
         state = files.load_checkpoint(f"out/{name}")
-        assert state["epoch"] == epoch and state["best_epoch"] == 3 and len(state["log"]) == epoch + 1
+        assert (state["epoch"] == epoch and state["best_epoch"] == 3
+                and len(state["log"]) == epoch + 1)
     assert log[5]["loss"] == whole[5]["loss"]
 
     written.clear()
@@ -490,7 +518,8 @@ def test_short_epochs_are_not_each_saved(run, monkeypatch):
     assert files.load_checkpoint("early/best.pt")["epoch"] == 2
     scores = iter((1, 2))
     two = run("--method", "independent", "--max-steps", 6, out="two", epochs=5)
-    early, same = (files.load_checkpoint(f"{out}/{name}.pt")["model"] for out, name in (("early", "best"), ("two", "last")))
+    early, same = (files.load_checkpoint(f"{out}/{name}.pt")["model"]
+                   for out, name in (("early", "best"), ("two", "last")))
     assert len(two) == 3 and bits(early) == bits(same)
 
 
@@ -509,7 +538,8 @@ def test_progress_is_one_line_on_a_terminal(tmp_path, capsys, monkeypatch):
         run.add({"loss": torch.tensor(loss)}, images=2)
     now[0] += 2
     with run.evaluating():  # 4 images in 2 s; 4 are left of 2 steps
-        assert shown() == "\r\033[Kepoch 1/2  0:00:02 left  step 2/3  loss 1.500  2 images/s  evaluation"
+        assert shown() == ("\r\033[Kepoch 1/2  0:00:02 left  step 2/3  loss 1.500  "
+                           "2 images/s  evaluation")
         now[0] += 0.9
         run.after_step()
         assert shown() == ""  # at most one a second
@@ -520,12 +550,13 @@ def test_progress_is_one_line_on_a_terminal(tmp_path, capsys, monkeypatch):
 # ---------------------------------------------------------------- --max-steps
 
 def test_max_steps_inside_an_epoch(run):
-    """The epoch's line is in the log until --resume goes on; best.pt is of whole epochs; the end is that of a
-    whole run."""
+    """The epoch's line is in the log until --resume goes on; best.pt is of whole epochs;
+    the end is that of a whole run."""
     run(out="whole")
     steps = lambda: [(line["epoch"], line["step"]) for line in read_log("out")[1:]]
     run("--max-steps", 2)
-    assert steps() == [(1, 2)] and read_log("out")[1].keys() >= {"loss", "matching", "test_top1", "test_top5"}
+    assert steps() == [(1, 2)] and read_log("out")[1].keys() >= {
+        "loss", "matching", "test_top1", "test_top5"}
     assert not Path("out/best.pt").exists() and files.load_checkpoint("out/last.pt")["step"] == 2
     assert Path("out/student_1_small.pt").exists() and Path("out/matching.png").exists()
     before = results("out")
@@ -557,10 +588,11 @@ def storages(tree):
 
 
 class CPUGraph(TorchDispatchMode):
-    """Stands in for torch.cuda.CUDAGraph and torch.cuda.graph: records operations, replays them in place.
+    """Stands in for torch.cuda.CUDAGraph and torch.cuda.graph:
+    records operations, replays them in place.
 
-    As on CUDA recording leaves no trace (what was overwritten is put back) and replaying runs no Python;
-    operations that make the host wait, or bring numbers from it, are refused.
+    As on CUDA recording leaves no trace (what was overwritten is put back) and replaying runs
+    no Python; operations that make the host wait, or bring numbers from it, are refused.
     """
 
     WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal",
@@ -575,7 +607,8 @@ class CPUGraph(TorchDispatchMode):
         name, kwargs = op._schema.name, kwargs or {}
         assert name not in self.WAITING, f"{name} makes the host wait"
         indices = args[1] if name == "aten::index" else ()
-        assert not any(i is not None and i.dtype == torch.bool for i in indices), "a mask makes the host wait"
+        assert not any(i is not None and i.dtype == torch.bool for i in indices), (
+            "a mask makes the host wait")
         written = [a for a, formal in zip(args, op._schema.arguments, strict=False)
                    if formal.alias_info and formal.alias_info.is_write]
         written += args[3:5] if name == "aten::native_batch_norm" else []  # its schema lacks them
@@ -596,7 +629,8 @@ class CPUGraph(TorchDispatchMode):
     def replay(self):
         self.replays += 1
         for op, args, kwargs, result in self.operations:
-            for kept, new in zip(tree_leaves(result), tree_leaves(op(*args, **kwargs)), strict=True):
+            for kept, new in zip(
+                    tree_leaves(result), tree_leaves(op(*args, **kwargs)), strict=True):
                 if torch.is_tensor(kept) and kept.data_ptr() != new.data_ptr():
                     kept.copy_(new)
 
@@ -610,8 +644,8 @@ def play_graphs_on_the_cpu(monkeypatch):
 
 
 LMCL = ["--meta-freq", "1", "--meta-steps", "1"]
-BANK = ["--contrast", "bank", "--negatives", "16", "--batches", "pairs", "--epochs", "6", "--contrast-start", "3",
-        "--soft-ramp", "3"]
+BANK = ["--contrast", "bank", "--negatives", "16", "--batches", "pairs", "--epochs", "6",
+        "--contrast-start", "3", "--soft-ramp", "3"]
 
 
 @pytest.mark.parametrize("flags", [LMCL, ["--method", "afd"], [*LMCL, *BANK]],
@@ -619,9 +653,9 @@ BANK = ["--contrast", "bank", "--negatives", "16", "--batches", "pairs", "--epoc
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="CUDA graphs want a GPU"))])
 def test_captured_steps_equal_plain_ones(flags, device, images, tmp_path, monkeypatch):
-    """Ordinary and second steps, batches of two sizes, three learning rates: bit for bit on the CPU, where
-    CPUGraph plays CUDA's graphs; it shows too that no operation waits for the host or uses memory that may be
-    freed."""
+    """Ordinary and second steps, batches of two sizes, three learning rates: bit for bit
+    on the CPU, where CPUGraph plays CUDA's graphs;
+    it shows too that no operation waits for the host or uses memory that may be freed."""
     if device == "cpu":
         play_graphs_on_the_cpu(monkeypatch)
     else:  # lr is rounded to float32 in a captured step
@@ -632,14 +666,16 @@ def test_captured_steps_equal_plain_ones(flags, device, images, tmp_path, monkey
     monkeypatch.setattr(train, "make_steps",
                         lambda *args: captured.extend(make_steps(*args)) or captured[-2:])
     for graphs in ([], ["--cuda-graph"]):
-        args = options.parse("", ["--arch", "small", "--image-size", "16", "--epochs", "3", "--lr", "0.01",
-                                  "--batch-size", "26", "--out-dir", str(tmp_path / f"out{len(graphs)}"),
+        args = options.parse("", ["--arch", "small", "--image-size", "16", "--epochs", "3",
+                                  "--lr", "0.01", "--batch-size", "26",
+                                  "--out-dir", str(tmp_path / f"out{len(graphs)}"),
                                   *flags, *graphs])
         args.device, dataset = torch.device(device), data.load("folder", images, 16).to(device)
         method, out = train.build(args, dataset), OutDir(args.out_dir)
         out.open()
-        run = Run(args, out, method, method.optimizers(), metadata=dataset.facts(), steps_per_epoch=2,
-                  images_per_epoch=54, processes=Processes({}), signals=SimpleNamespace(name=None))
+        run = Run(args, out, method, method.optimizers(), metadata=dataset.facts(),
+                  steps_per_epoch=2, images_per_epoch=54, processes=Processes({}),
+                  signals=SimpleNamespace(name=None))
         train.train(args, dataset, method, run)
         states.append(files.load_checkpoint(out / "last.pt"))
         del states[-1]["optimizers"]
@@ -653,7 +689,8 @@ def test_captured_steps_equal_plain_ones(flags, device, images, tmp_path, monkey
     functions, own = [dataset.take, *captured[2:]], storages(dataset.__dict__)
     assert all(isinstance(f, CUDAGraphs) for f in functions)
     for function in functions:
-        phases = 2 if function is captured[-2] and "bank" in flags else 1  # before contrast, with it
+        # before contrast, with it
+        phases = 2 if function is captured[-2] and "bank" in flags else 1
         assert len(function.graphs) == 2 * phases  # 28 and 26 images
         for inputs, graph, _ in function.graphs.values():
             assert graph.replays >= 2
@@ -661,20 +698,24 @@ def test_captured_steps_equal_plain_ones(flags, device, images, tmp_path, monkey
 
 
 def test_dropout_keeps_the_meta_step_eager(tmp_path, monkeypatch, capsys):
-    """Its masks are drawn again in each pass, which a graph cannot; the ordinary step is captured."""
+    """Its masks are drawn again in each pass, which a graph cannot;
+    the ordinary step is captured."""
     play_graphs_on_the_cpu(monkeypatch)
     monkeypatch.setattr(Small, "tail", lambda self: torch.nn.Dropout2d(0.5))
     for name, eager in (("lmcl", True), ("afd", False)):
-        args = options.parse("", ["--arch", "small", "--image-size", "16", "--cuda-graph", "--method", name])
+        args = options.parse("", ["--arch", "small", "--image-size", "16", "--cuda-graph",
+                                  "--method", name])
         args.device = torch.device("cpu")
         method = train.build(args, SimpleNamespace(classes=range(6), train_labels=None, notes=[]))
         steps = train.make_steps(args, None, method, make_run(tmp_path / name))
         assert isinstance(steps[0], CUDAGraphs) and isinstance(steps[1], CUDAGraphs) != eager
-        assert ("dropout masks again in the meta step: it stays as it is" in capsys.readouterr().out) == eager
+        assert ("dropout masks again in the meta step: it stays as it is"
+                in capsys.readouterr().out) == eager
 
 
 def test_errors_of_a_capture(monkeypatch, capsys):
-    """What cannot be captured stays eager, with one warning; an error of the program is raised as it is."""
+    """What cannot be captured stays eager, with one warning;
+    an error of the program is raised as it is."""
     play_graphs_on_the_cpu(monkeypatch)
     message, capturing = "operation not permitted when stream is capturing", []
 
@@ -690,7 +731,8 @@ def test_errors_of_a_capture(monkeypatch, capsys):
     for x in (torch.ones(1), torch.ones(1), torch.ones(2)):
         assert torch.equal(graphs(x), 2 * x)
     error = capsys.readouterr().err
-    assert error == f"warning    --cuda-graph cannot capture augment ({message}): it stays as it is\n"
+    assert error == (f"warning    --cuda-graph cannot capture augment ({message}): "
+                     "it stays as it is\n")
     message = "a defect"
     graphs = CUDAGraphs(augment)
     graphs(torch.ones(1))

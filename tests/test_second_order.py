@@ -1,4 +1,5 @@
-"""support/second_order.py: equal to PyTorch's derivatives and to finite differences, used where it says."""
+"""support/second_order.py:
+equal to PyTorch's derivatives and to finite differences, used where it says."""
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ def distance(a, b):
 LAYERS = {
     "convolution": (nn.Conv2d(2, 4, 3, padding=1, bias=False), (3, 2, 5, 5)),
     "strided": (nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 6, 6)),
-    "dilated depthwise": (nn.Conv2d(3, 3, 3, padding=2, dilation=2, groups=3, bias=False), (2, 3, 5, 5)),
+    "dilated depthwise": (nn.Conv2d(3, 3, 3, padding=2, dilation=2, groups=3, bias=False),
+                          (2, 3, 5, 5)),
     "pointwise": (nn.Conv2d(3, 2, 1, stride=2, bias=False), (2, 3, 4, 4)),
     "batch norm": (nn.BatchNorm2d(3, eps=0.1, track_running_stats=False), (4, 3, 2, 3)),
     "batch norm of vectors": (nn.BatchNorm1d(3, track_running_stats=False), (5, 3)),
@@ -56,9 +58,11 @@ def test_equal_to_pytorch_and_to_finite_differences(name, memory_format):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_third_derivatives_raise(name):
-    """For what was saved, too, where no gradient that arrives needs one; the second ones stay with create_graph."""
+    """For what was saved, too, where no gradient that arrives needs one;
+    the second ones stay with create_graph."""
     layer, shape = LAYERS[name]
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64,
+                    requires_grad=True)
     layer = layer.double()
     with FastSecondDerivatives():
         first, = torch.autograd.grad((layer(x) ** 3).sum(), x, create_graph=True)
@@ -71,8 +75,11 @@ def test_third_derivatives_raise(name):
 
 
 def test_first_layer_and_calls_that_stay_pytorchs():
-    """Images need no gradient. Padding by name, batch norms without weight or bias, with running statistics
-    or in evaluation mode, and single images are PyTorch's own."""
+    """Images need no gradient.
+
+    Padding by name, batch norms without weight or bias, with running statistics
+    or in evaluation mode, and single images are PyTorch's own.
+    """
     g = torch.Generator().manual_seed(0)
     images = torch.randn(4, 3, 5, 5, generator=g, dtype=torch.float64)
     norm = lambda **settings: nn.BatchNorm2d(4, track_running_stats=False, **settings)
@@ -85,7 +92,8 @@ def test_first_layer_and_calls_that_stay_pytorchs():
 
     def product():
         first = torch.autograd.grad((net(images) ** 3).sum(), params, create_graph=True)
-        return torch.autograd.grad(sum((f * u_i).sum() for f, u_i in zip(first, u, strict=True)), params)
+        return torch.autograd.grad(
+            sum((f * u_i).sum() for f, u_i in zip(first, u, strict=True)), params)
 
     single = nn.Conv2d(3, 4, 3).double()
     exact, expected = product(), single(images[0])
@@ -94,8 +102,10 @@ def test_first_layer_and_calls_that_stay_pytorchs():
 
 
 def test_what_pytorch_cannot_differentiate_twice():
-    """Hard-sigmoid and normalized zeros have PyTorch's values and first derivatives, and second ones."""
-    x = torch.tensor([[-4.0, -3, -1, 2], [0, 0, 0, 0], [3, 0, 1, 5]], dtype=torch.float64, requires_grad=True)
+    """Hard-sigmoid and normalized zeros have PyTorch's values and first derivatives,
+    and second ones."""
+    x = torch.tensor([[-4.0, -3, -1, 2], [0, 0, 0, 0], [3, 0, 1, 5]],
+                     dtype=torch.float64, requires_grad=True)
 
     def function(x):
         x = F.hardsigmoid(x) * F.normalize(x[None, None], dim=-1)[0, 0]
@@ -106,7 +116,9 @@ def test_what_pytorch_cannot_differentiate_twice():
         value = function(x)
         first, = torch.autograd.grad(value, x, create_graph=True)
         second, = torch.autograd.grad(first.sum(), x)
-        torch.testing.assert_close((value, first), expected, rtol=1e-7, atol=0)  # its 1 / 6 is a float32
+        # its 1 / 6 is a float32
+        torch.testing.assert_close((value, first), expected, rtol=1e-7, atol=0)
     moved, = torch.autograd.grad(function(x + 1e-6), x)
     slope = (moved - expected[1]) / 1e-6
-    assert second.isfinite().all() and torch.allclose(second[2, 1:3], slope[2, 1:3], rtol=1e-4, atol=1e-6)
+    assert (second.isfinite().all()
+            and torch.allclose(second[2, 1:3], slope[2, 1:3], rtol=1e-4, atol=1e-6))

@@ -13,10 +13,17 @@ from methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 # From the bottom up: a file imports from the rows before its own, and from support/ unless said.
-ROWS = [{"losses", "data", "models", "meta"}, {"methods"}, {"options"}, {"train"}, {"predict", "detect"}]
+ROWS = [
+    {"losses", "data", "models", "meta"},
+    {"methods"},
+    {"options"},
+    {"train"},
+    {"predict", "detect"},
+]
 BESIDE = {"compare": set(), "test_losses": {"losses"}}  # what they import of ours, but for support/
-SUPPORT = {"__init__", "architectures", "arguments", "coco", "console", "cuda_graphs", "files", "images",
-           "interrupt", "picture", "processes", "run", "second_order", "seeds", "synthetic"}
+SUPPORT = {"__init__", "architectures", "arguments", "coco", "console", "cuda_graphs", "files",
+           "images", "interrupt", "picture", "processes", "run", "second_order", "seeds",
+           "synthetic"}
 ALONE = {"losses", "test_losses", "support.second_order", "support.interrupt"}  # without support/
 TOOLS = {"benchmark", "faults", "gradients"}
 TOP = set.union(*ROWS) | BESIDE.keys()
@@ -27,7 +34,8 @@ def names(folder):
 
 
 def imports(path):
-    """The files of ours that a file imports, "support.x" or "x", wherever in it the import stands."""
+    """The files of ours that a file imports, "support.x" or "x",
+    wherever in it the import stands."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -43,7 +51,8 @@ def test_every_file_is_known():
     """A new file has a place in the order above; few lie at the top."""
     assert names(".") == TOP and len(TOP) <= 11
     assert names("support") == SUPPORT and names("tools") == TOOLS
-    assert not [path for folder in ("support", "tools", "tests") for path in (ROOT / folder).glob("*/*.py")]
+    assert not [path for folder in ("support", "tools", "tests")
+                for path in (ROOT / folder).glob("*/*.py")]
     assert set(METHODS) == {"lmcl", "mcl", "deep-supervision", "dml", "afd", "independent"}
 
 
@@ -75,13 +84,15 @@ def assert_imports(file, allowed):
 # ---------------------------------------------------------------- documents
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OUTSIDE = {"torch", "torchvision", "json", "nn", "self"}  # modules and objects that are none of ours
+# modules and objects that are none of ours
+OUTSIDE = {"torch", "torchvision", "json", "nn", "self"}
 ENDINGS = {"md", "pt", "pt2", "onnx", "png", "jpg", "svg", "json", "jsonl", "tfevents"}
 EXAMPLES = {"mine.py", "my_student.py", "my_method.py"}  # a reader's own
 
 
 def in_python(text):
-    """(prefix, name) for what a block of Python imports, and for the names that it takes from modules."""
+    """(prefix, name) for what a block of Python imports,
+    and for the names that it takes from modules."""
     tree, modules = ast.parse(text), {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -96,7 +107,8 @@ def in_python(text):
 
 
 def in_words(text):
-    """(prefix, name) for each `file.name` between backticks and each file in a block, `folder/file.py`."""
+    """(prefix, name) for each `file.name` between backticks
+    and each file in a block, `folder/file.py`."""
     block = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
     for kind, inside in block.findall(text):
         if kind == "python":
@@ -104,7 +116,8 @@ def in_words(text):
         else:
             yield from re.findall(r"(?<![\w./-])((?:[\w-]+/)*\w+)\.(py|sh)\b", inside)
     for inside in re.findall(r"`([^`]+)`", block.sub("", text)):
-        yield from re.findall(r"(?<![\w./~-])((?:[\w-]+/)*[a-z_]\w*)\.([A-Za-z_]\w*(?:\.\w+)*)", inside)
+        yield from re.findall(
+            r"(?<![\w./~-])((?:[\w-]+/)*[a-z_]\w*)\.([A-Za-z_]\w*(?:\.\w+)*)", inside)
 
 
 def where(path):

@@ -38,7 +38,8 @@ ROOT = Path(__file__).parents[1]
 # ---------------------------------------------------------------- the loop
 
 def test_schedule_second_steps_and_batches(run, monkeypatch):
-    """Every method sees the same batches; lmcl's meta step gets that of its step and the present rate."""
+    """Every method sees the same batches;
+    lmcl's meta step gets that of its step and the present rate."""
     seen, meta_at, true_step, true_meta_step = {}, [], train.train_step, meta.meta_step
 
     def train_step(args, method, run, images, labels, rows):
@@ -54,14 +55,16 @@ def test_schedule_second_steps_and_batches(run, monkeypatch):
     monkeypatch.setattr(meta, "meta_step", meta_step)
     for name in METHODS:
         log = run("--method", name, *(["--meta-freq", 2] if name == "lmcl" else []), out=name)
-        assert [line["lr"] for line in log[1:]] == [0.05 * (1 + math.cos(math.pi * e / 2)) for e in range(2)]
+        assert [line["lr"] for line in log[1:]] == [
+            0.05 * (1 + math.cos(math.pi * e / 2)) for e in range(2)]
         assert [line["step"] for line in log[1:]] == [3, 6]
     assert meta_at == [(2, 0.1, 2), (4, pytest.approx(0.05), 2), (6, pytest.approx(0.05), 2)]
     assert len(seen["lmcl"]) == 6 and all(batches == seen["lmcl"] for batches in seen.values())
 
 
 def test_options_of_the_data_are_handed_on(run, monkeypatch):
-    """--augment, --seed and --validation-fraction, --stream and --workers reach data.load as they are given."""
+    """--augment, --seed and --validation-fraction, --stream and --workers reach data.load
+    as they are given."""
     given, true = {}, data.load
 
     def load(*where, **settings):
@@ -69,7 +72,8 @@ def test_options_of_the_data_are_handed_on(run, monkeypatch):
         return true(*where, **settings)
 
     monkeypatch.setattr(data, "load", load)
-    run("--method", "independent", "--augment", "crop", "--seed", 7, "--validation-fraction", 0.33, "--batch-size", 12,
+    run("--method", "independent", "--augment", "crop", "--seed", 7,
+        "--validation-fraction", 0.33, "--batch-size", 12,
         "--stream", "--workers", 1, "--max-steps", 1, epochs=1)
     assert given == dict(stream=True, augment="crop", validation_fraction=0.33, seed=7, workers=1,
                          synthetic_images=None)
@@ -105,11 +109,13 @@ def test_warmup_is_linear_by_the_step_and_the_schedule_follows(run, monkeypatch)
     monkeypatch.setattr(meta, "meta_step", meta_step)
     log = run("--warmup", 2, "--optimizer", "adamw", "--meta-freq", 4, epochs=4)
     cosine = [0.001 / 2 * (1 + math.cos(math.pi * e / 2)) for e in range(2)]
-    assert rates == pytest.approx([0.001 * step / 6 for step in range(1, 7)] + [r for r in cosine for _ in range(3)])
+    assert rates == pytest.approx([0.001 * step / 6 for step in range(1, 7)]
+                                  + [r for r in cosine for _ in range(3)])
     assert [line["lr"] for line in log[1:]] == [rates[2], rates[5], rates[6], rates[9]]
     assert virtual == [(rate, 0.05) for rate in rates[3::4]]
     rates.clear()
-    run("--warmup", 2, "--method", "independent", "--schedule", "multistep", "--milestones", 2, out="drops", epochs=3)
+    run("--warmup", 2, "--method", "independent", "--schedule", "multistep", "--milestones", 2,
+        out="drops", epochs=3)
     assert rates == pytest.approx([0.1 * step / 6 for step in range(1, 7)] + [0.01] * 3)
 
 
@@ -132,7 +138,10 @@ def test_the_log_holds_means_over_the_epoch(run, monkeypatch):
     (3, ["--meta-freq", 1, "--arch", "resnet8", "wrn_10_1", "resnet8"]),
     (2, ["--method", "mcl", "--arch", "shufflenet_v2_x0_5"])], ids=[*METHODS, "three", "imagenet"])
 def test_cohorts_of_one_of_three_and_of_imagenet_students(run, students, more):
-    """A step, evaluation, and a meta step of the three. One student alone has no mutual contrast."""
+    """A step, evaluation, and a meta step of the three.
+
+    One student alone has no mutual contrast.
+    """
     line = run(*more, "--max-steps", 1, epochs=1)[1]
     assert len(line["test_top1"]) == students and line["ce"] > 0
     names = ("ce", "ce_agg", "kd", "vcl", "icl", "soft_vcl", "soft_icl", "adversarial")
@@ -151,17 +160,20 @@ def test_evaluation_counts_top1_and_top5():
             return x[:, 0, 0, :7]
 
     pixels = torch.zeros(4, 3, 8, 8)
-    pixels[:, 0, 0, :7] = torch.tensor([10.0, 60, 50, 40, 30, 20, 0])  # ranking: 1, 2, 3, 4, 5, 0, 6
+    # ranking: 1, 2, 3, 4, 5, 0, 6
+    pixels[:, 0, 0, :7] = torch.tensor([10.0, 60, 50, 40, 30, 20, 0])
     batches = [(pixels[:3], torch.tensor([1, 1, 5])), (pixels[3:], torch.tensor([6]))]
     assert train.evaluate([Fixed(), Fixed()], batches, Processes({})) == ([50.0] * 2, [75.0] * 2)
 
 
 def test_validation_chooses_the_best_and_the_test_set_is_looked_at_once(run, monkeypatch):
     splits, true = [], data.InMemory.test_batches
-    monkeypatch.setattr(data.InMemory, "test_batches",
-                        lambda self, split="test", *share: splits.append(split) or true(self, split, *share))
+    monkeypatch.setattr(
+        data.InMemory, "test_batches",
+        lambda self, split="test", *share: splits.append(split) or true(self, split, *share))
     log = run("--validation-fraction", 0.33, "--method", "independent", "--batch-size", 12)
-    assert splits == ["validation", "validation", "test"] and log[0]["args"]["validation_fraction"] == 0.33
+    assert (splits == ["validation", "validation", "test"]
+            and log[0]["args"]["validation_fraction"] == 0.33)
     names = "validation_top1", "test_top1"
     assert [[name in line for name in names] for line in log[1:]] == [[True, False], [True, True]]
 
@@ -176,7 +188,8 @@ def test_starting_from_weights(run, monkeypatch):
     run(*alone, "--resume", out="third")  # a checkpoint holds all weights
     for file in exported:
         Path(f"{file}.away").rename(file)
-    monkeypatch.setattr(train, "train", lambda args, data, method, run: seen.extend(method.cohort.students))
+    monkeypatch.setattr(
+        train, "train", lambda args, data, method, run: seen.extend(method.cohort.students))
     run("--weights", *exported, out="second")
     for student, file in zip(seen, exported, strict=True):
         saved = torch.load(file, weights_only=True)["state_dict"]
@@ -184,7 +197,8 @@ def test_starting_from_weights(run, monkeypatch):
 
 
 def test_a_model_file(run, capsys, images):
-    """An architecture of a user's own trains, resumes and is evaluated; its mistakes are one line."""
+    """An architecture of a user's own trains, resumes and is evaluated;
+    its mistakes are one line."""
     source = """
 import torch.nn as nn
 from support.architectures import ARCHITECTURES, he_normal
@@ -192,7 +206,8 @@ class Tiny:
     stages, width = 2, {width}
     def stem(self): return nn.Conv2d(3, 16, 3, padding=1)
     def stage(self, l): return nn.Sequential(
-        nn.Conv2d(16 if l == 0 else 24, 24, 3, stride=2, padding=1), nn.BatchNorm2d(24), nn.Dropout(0.1))
+        nn.Conv2d(16 if l == 0 else 24, 24, 3, stride=2, padding=1),
+        nn.BatchNorm2d(24), nn.Dropout(0.1))
     def tail(self): return nn.Identity()
     def initialise(self, module): he_normal(module)
 ARCHITECTURES["tiny"] = Tiny()
@@ -215,8 +230,10 @@ ARCHITECTURES["tiny"] = Tiny()
     Path("mine.py").write_text(source.replace("24", "32").format(width=32))
     for program, arguments, words in (
             (predict, ["--student", "whole/last.pt", "--dataset", "folder", "--device", "cpu",
-                       "--model-file", "mine.py"], ("whole/last.pt holds other networks", "--model-file")),
-            (train, flags(images, "whole", 2, "--resume", *own), ("has changed since whole/last.pt was made",))):
+                       "--model-file", "mine.py"],
+             ("whole/last.pt holds other networks", "--model-file")),
+            (train, flags(images, "whole", 2, "--resume", *own),
+             ("has changed since whole/last.pt was made",))):
         with pytest.raises(SystemExit):
             program.main(arguments)
         error = capsys.readouterr().err
@@ -227,35 +244,49 @@ ARCHITECTURES["tiny"] = Tiny()
         with pytest.raises(SystemExit) as end:
             run(*own, "--method", method, out="third")
         error = capsys.readouterr().err
-        assert end.value.code in (1, 2) and "24" in error and "width" in error and error.count("\n") == 1
+        assert (end.value.code in (1, 2) and "24" in error and "width" in error
+                and error.count("\n") == 1)
 
 
-@pytest.mark.parametrize("more", [[], ["--method", "afd"], ["--contrast", "bank", "--negatives", "16"]])
+@pytest.mark.parametrize("more", [
+    [],
+    ["--method", "afd"],
+    ["--contrast", "bank", "--negatives", "16"],
+])
 def test_bfloat16(run, more):
     """The first step is float32's up to rounding, and rounded."""
     exact, rounded = (run(*flag, *more, "--max-steps", 1, out=out, epochs=1)[1]
                       for flag, out in (([], "exact"), (["--amp", "bf16"], "rounded")))
     for name in ("loss", "ce"):
-        assert rounded[name] == pytest.approx(exact[name], rel=0.02) and rounded[name] != exact[name]
+        assert (rounded[name] == pytest.approx(exact[name], rel=0.02)
+                and rounded[name] != exact[name])
 
 
 def test_a_bank_teaches_once_it_is_filled(run, capsys):
-    """With the schedule contrast leaves chance in its first epoch; with the published weights at once it does
-    not, and the second epoch's line is followed by the warning."""
-    settings = ["--dataset", "synthetic", "--image-size", "8", "--batch-size", "32", "--validation-fraction", "0.7",
-                "--method", "mcl", "--contrast", "bank", "--negatives", "128", "--weight-vcl", "0.05", "--weight-icl", "0.05"]
+    """With the schedule contrast leaves chance in its first epoch;
+    with the published weights at once it does not,
+    and the second epoch's line is followed by the warning."""
+    settings = ["--dataset", "synthetic", "--image-size", "8", "--batch-size", "32",
+                "--validation-fraction", "0.7",
+                "--method", "mcl", "--contrast", "bank", "--negatives", "128",
+                "--weight-vcl", "0.05", "--weight-icl", "0.05"]
     taught = run(*settings, "--soft-ramp", "4", out="taught")
     printed = capsys.readouterr().out
     assert "vcl_gain" not in taught[1] and taught[2]["vcl_gain"] > 0.05
     assert "contrast from epoch 2 on, its soft losses grow to full weight in 4 epochs" in printed
-    assert f"vcl_gain {taught[2]['vcl_gain']:.3f}  icl_gain" in printed and "teaches nothing" not in printed
+    assert (f"vcl_gain {taught[2]['vcl_gain']:.3f}  icl_gain" in printed
+            and "teaches nothing" not in printed)
     published = run(*settings, "--contrast-start", "0", "--soft-ramp", "0", out="published")
     printed = capsys.readouterr().out
-    assert published[2]["vcl_gain"] < 0 and printed.count("warning    contrast teaches nothing yet") == 1
+    assert (published[2]["vcl_gain"] < 0
+            and printed.count("warning    contrast teaches nothing yet") == 1)
 
 
 def test_deterministic_is_switched_on_before_anything_is_computed(run, monkeypatch):
-    """On CUDA cuBLAS reads the environment when it starts. The run's result is the same on the CPU."""
+    """On CUDA cuBLAS reads the environment when it starts.
+
+    The run's result is the same on the CPU.
+    """
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     before, seen = torch.utils.deterministic.fill_uninitialized_memory, []
     true_build, true_step = train.build, train.train_step
@@ -275,7 +306,8 @@ def test_deterministic_is_switched_on_before_anything_is_computed(run, monkeypat
     try:
         log = run("--deterministic", epochs=1)
         assert torch.backends.cudnn.benchmark is False
-        assert seen[4:] == [(True, ":4096:8")] * 4 and not torch.utils.deterministic.fill_uninitialized_memory
+        assert (seen[4:] == [(True, ":4096:8")] * 4
+                and not torch.utils.deterministic.fill_uninitialized_memory)
         assert log[0]["args"]["deterministic"] and log[1]["loss"] == plain[1]["loss"]
     finally:
         torch.use_deterministic_algorithms(False)
@@ -294,22 +326,26 @@ def test_what_a_run_prints(run, capsys):
             "student 2  resnet8: 77,782 parameters, 3.1M multiply-adds; with branches 208,546",
             "data       folder: 54 training and 18 test images, 6 classes, 16x16",
             "device     cpu", f"torch {torch.__version__}",
-            "loss       lmcl: ce + ce_agg + kd + 0.1 vcl + soft_vcl + 0.1 icl + soft_icl; tau 0.1, T 3.0",
+            ("loss       lmcl: ce + ce_agg + kd + 0.1 vcl + soft_vcl + 0.1 icl + soft_icl; "
+             "tau 0.1, T 3.0"),
             "steps      1 epochs of 3 steps of 18 = 3; cosine schedule", "output     out",
-            "epoch   1  step 3  lr 0.1000  loss", f"test top-1 {top1}", "ended      3 steps, best epoch 1 (",
+            "epoch   1  step 3  lr 0.1000  loss", f"test top-1 {top1}",
+            "ended      3 steps, best epoch 1 (",
             "next: python predict.py --student out/student_1_resnet8.pt IMAGE"):
         assert words in printed, words
     assert "\r" not in printed and "warning" not in printed
 
 
 def test_the_log(run):
-    """A header, then a line an epoch: terms that sum to the loss, also unweighted, scores, times."""
+    """A header, then a line an epoch:
+    terms that sum to the loss, also unweighted, scores, times."""
     header, *lines = run("--meta-freq", 4, epochs=2)
     assert header["command"].startswith("python ") and header["args"]["batch_size"] == 18
     assert header["processes"] == 1 and header["classes"] == [f"class{c}" for c in range(6)]
     for e, line in enumerate(lines, 1):
         assert line["epoch"] == e and len(line["test_top1"]) == len(line["test_top5"]) == 2
-        assert line["images_per_second"] > 0 and {"seconds", "data_seconds", "mi_bound"} <= line.keys()
+        assert (line["images_per_second"] > 0
+                and {"seconds", "data_seconds", "mi_bound"} <= line.keys())
         parts = [line[k] for k in ("ce", "ce_agg", "kd", "vcl", "icl", "soft_vcl", "soft_icl")]
         assert line["loss"] == pytest.approx(sum(parts), rel=1e-4)
         for term in ("vcl", "icl"):
@@ -320,14 +356,16 @@ def test_the_log(run):
 def test_the_files_of_a_run(run):
     run("--arch", "small", "small_12", "--matching", "uniform", epochs=2)
     assert {p.name for p in Path("out").iterdir()} == {
-        ".lock", "log.jsonl", "last.pt", "previous.pt", "best.pt", "matching.png", "student_1_small.pt",
-        "student_2_small_12.pt"}
+        ".lock", "log.jsonl", "last.pt", "previous.pt", "best.pt", "matching.png",
+        "student_1_small.pt", "student_2_small_12.pt"}
     model = files.load_checkpoint("out/last.pt")["model"]
     for a, name in enumerate(("small", "small_12")):
         content = files.read(f"out/student_{a + 1}_{name}.pt")
         assert files.is_student_file(content) and content["architecture"] == name
-        prefix = next(k for k in model if f"students.{a}.backbone." in k).split("backbone.")[0] + "backbone."
-        assert all(torch.equal(value, model[prefix + key]) for key, value in content["state_dict"].items())
+        prefix = (next(k for k in model if f"students.{a}.backbone." in k).split("backbone.")[0]
+                  + "backbone.")
+        assert all(torch.equal(value, model[prefix + key])
+                   for key, value in content["state_dict"].items())
 
 
 def test_the_learned_matching_is_logged_and_drawn(run, monkeypatch):
@@ -350,7 +388,8 @@ def test_the_learned_matching_is_logged_and_drawn(run, monkeypatch):
     assert all((0.26 < pair).all() and (pair < 0.74).all() and pair.std() > 0 for pair in between)
     (nested, names, step), = drawn
     assert nested == line["matching"] and names == arch and step == 3
-    assert Path("out/matching.png").read_bytes() == picture.matching_picture(line["matching"], names, 3)
+    assert Path("out/matching.png").read_bytes() == picture.matching_picture(
+        line["matching"], names, 3)
 
 
 def test_matching_is_a_half_if_uniform_and_none_for_one_student(run):
@@ -371,11 +410,13 @@ class Unusual(Small):
         return nn.Sequential(super().stage(s), *[Layer(self.kind)] * (s == 1))
 
 
-def test_a_student_that_the_meta_step_cannot_differentiate_is_refused_at_the_start(run, capsys, monkeypatch):
+def test_a_student_that_the_meta_step_cannot_differentiate_is_refused_at_the_start(
+        run, capsys, monkeypatch):
     """One without forward mode alone goes on by two backward passes; uniform matching takes any."""
     for kind in ("raises", "checkpoint", "no jvp"):
         monkeypatch.setitem(architectures.ARCHITECTURES, kind, Unusual(kind))
-    for kind, words in (("raises", "cannot be differentiated twice"), ("checkpoint", "computes in the backward pass")):
+    for kind, words in (("raises", "cannot be differentiated twice"),
+                        ("checkpoint", "computes in the backward pass")):
         with pytest.raises(SystemExit) as end:
             run("--arch", kind, out=kind)
         error = capsys.readouterr().err
@@ -391,10 +432,12 @@ def test_a_student_that_the_meta_step_cannot_differentiate_is_refused_at_the_sta
 
 
 def test_images_that_are_too_small_for_a_student_are_warned_of(run, capsys):
-    run("--arch", "small", "small_12", "--image-size", 8, "--method", "independent", "--max-steps", 1)
+    run("--arch", "small", "small_12", "--image-size", 8, "--method", "independent",
+        "--max-steps", 1)
     printed = capsys.readouterr().out
     for name in ("small", "small_12"):
-        assert f"warning    {name}: of 8x8 pixels its stem leaves 8x8 and its last stage 2x2; a larger" in printed
+        assert (f"warning    {name}: of 8x8 pixels its stem leaves 8x8 "
+                "and its last stage 2x2; a larger") in printed
     run("--arch", "small", "--method", "independent", "--max-steps", 1, out="large")
     assert "warning" not in capsys.readouterr().out
 
@@ -415,7 +458,8 @@ def test_tensorboard(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(SystemExit):
         run("--tensorboard", out="second", epochs=1)
-    assert "pip install tensorboard" in capsys.readouterr().err and not Path("second/log.jsonl").exists()
+    assert ("pip install tensorboard" in capsys.readouterr().err
+            and not Path("second/log.jsonl").exists())
 
 
 # ---------------------------------------------------------------- stopping and going on
@@ -427,8 +471,9 @@ def test_same_seed_same_result_other_seed_other_result(run):
     assert a[1]["loss"] != c[1]["loss"]
 
 
-STREAMED = ["--stream", "--workers", "0", "--augment", "crop", "--batches", "uniform", "--amp", "bf16",
-            "--method", "independent", "--validation-fraction", "0.33", "--batch-size", "12"]
+STREAMED = ["--stream", "--workers", "0", "--augment", "crop", "--batches", "uniform",
+            "--amp", "bf16", "--method", "independent",
+            "--validation-fraction", "0.33", "--batch-size", "12"]
 
 
 @pytest.mark.parametrize("stops, more", [
@@ -483,7 +528,8 @@ def test_what_is_said_where_no_epoch_is_whole(run, capsys):
     run("--method", "independent", "--max-steps", 2)
     printed = capsys.readouterr().out
     assert "epoch   1  step 2  " in printed and "= 6, ending at 2; cosine" in printed
-    assert "ended      2 steps; next: python predict.py --student out/student_1_small.pt IMAGE" in printed
+    assert ("ended      2 steps; "
+            "next: python predict.py --student out/student_1_small.pt IMAGE") in printed
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.rename(path.with_name("7b.png"))],
@@ -497,7 +543,8 @@ def test_resuming_on_other_images_is_refused(run, images, capsys, spoil):
     with pytest.raises(SystemExit):
         run("--data-dir", "mine", "--resume", epochs=1)
     error = capsys.readouterr().err
-    assert "was made on training images of other names or another number" in error and error.count("\n") == 1
+    assert ("was made on training images of other names or another number" in error
+            and error.count("\n") == 1)
     assert Path("out/last.pt").read_bytes() == before
 
 
@@ -543,7 +590,8 @@ def test_a_signal_saves_after_the_step(run, number, monkeypatch, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(run, monkeypatch, capsys):
     run("--max-steps", 2)
     before, true_loss = Path("out/last.pt").read_bytes(), losses.lmcl_loss
-    monkeypatch.setattr(losses, "lmcl_loss", lambda *a: {**true_loss(*a), "icl": torch.tensor(math.nan)})
+    monkeypatch.setattr(
+        losses, "lmcl_loss", lambda *a: {**true_loss(*a), "icl": torch.tensor(math.nan)})
     with pytest.raises(SystemExit) as end:
         run("--resume")
     error = capsys.readouterr().err
@@ -553,8 +601,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(run, monkeypat
 
 @pytest.mark.parametrize("file, workers", [
     ("train/class3/5.png", 0), ("train/class3/5.png", 1), ("test/class3/9.png", 0)])
-def test_an_image_that_breaks_while_training_is_named_and_nothing_is_lost(run, images, capsys, file, workers):
-    """A streamed file is damaged after the first epoch, then mended: the run goes on as if nothing was."""
+def test_an_image_that_breaks_while_training_is_named_and_nothing_is_lost(
+        run, images, capsys, file, workers):
+    """A streamed file is damaged after the first epoch, then mended:
+    the run goes on as if nothing was."""
     streamed = ["--stream", "--workers", workers, "--method", "independent"]
     shutil.copytree(images, "mine")
     run(*streamed, "--data-dir", "mine", "--max-steps", 3, out="parts")
@@ -579,9 +629,11 @@ def test_out_dirs_that_cannot_be_used(run, fails):
     run(*used, out="used")
     before = results("used")
     for more, words in (
-            ([], "--resume"), (["--resume", "--lr", "0.3"], "--lr 0.1 (now 0.3)"),
+            ([], "--resume"),
+            (["--resume", "--lr", "0.3"], "--lr 0.1 (now 0.3)"),
             (["--resume", "--epochs", "7"], "learning-rate schedule"),
-            (["--resume", "--arch", "resnet8", "resnet20"], "--arch small small (now resnet8 resnet20)")):
+            (["--resume", "--arch", "resnet8", "resnet20"],
+             "--arch small small (now resnet8 resnet20)")):
         fails([*used, *more], words)
     assert results("used") == before
     Path("used/last.pt").write_bytes(Path("used/last.pt").read_bytes()[:-1000])
@@ -626,17 +678,20 @@ def test_a_full_disk_keeps_what_was_there(run, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run("--resume")
     error = capsys.readouterr().err
-    assert end.value.code == 1 and "No space left" in error and "MiB" in error and error.count("\n") == 1
+    assert (end.value.code == 1 and "No space left" in error and "MiB" in error
+            and error.count("\n") == 1)
     assert Path("out/last.pt").read_bytes() == before and not list(Path("out").glob("*.tmp"))
 
 
 # ---------------------------------------------------------------- as a program
 
 def test_as_a_program(tmp_path, images):
-    """From the shell, with a reader that goes away (| head -1): the run does not stop, the exit is clean."""
+    """From the shell, with a reader that goes away (| head -1):
+    the run does not stop, the exit is clean."""
     more = ["--method", "independent", "--arch", "resnet8", "--num-nets", 1]
     command = [sys.executable, str(ROOT / "train.py"), *flags(images, tmp_path / "out", 1, *more)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait() == 0
@@ -645,9 +700,11 @@ def test_as_a_program(tmp_path, images):
 
 @pytest.mark.parametrize("program", ["train.py", "detect.py", "predict.py"])
 def test_control_c_while_libraries_load_ends_at_once(program, tmp_path):
-    """A stand-in for PyTorch takes its time and swallows what is raised meanwhile, as some libraries do."""
-    (tmp_path / "torch.py").write_text("import time\nprint('loading', flush=True)\n"
-                                       "while True:\n try: time.sleep(60)\n except BaseException: pass\n")
+    """A stand-in for PyTorch takes its time and swallows what is raised meanwhile,
+    as some libraries do."""
+    (tmp_path / "torch.py").write_text(
+        "import time\nprint('loading', flush=True)\n"
+        "while True:\n try: time.sleep(60)\n except BaseException: pass\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     with subprocess.Popen([sys.executable, str(ROOT / program)], env=environment, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -681,7 +738,8 @@ def test_control_c_while_images_load_ends_at_once(images, tmp_path):
     os.kill(child, signal.SIGINT)
     assert wait([child]) == [130]
     printed = output.read_text()
-    assert printed.count("an image") < 54 and printed.count("interrupted") == 1 and "Traceback" not in printed
+    assert (printed.count("an image") < 54 and printed.count("interrupted") == 1
+            and "Traceback" not in printed)
 
 
 # ---------------------------------------------------------------- tools
@@ -695,7 +753,8 @@ def tool(monkeypatch):
 
 def test_benchmark(tool, images, tmp_path, capsys, monkeypatch):
     benchmark = tool("benchmark")
-    monkeypatch.setattr(benchmark, "benchmark", functools.partial(benchmark.benchmark, runs=2, warm_up=1))
+    monkeypatch.setattr(
+        benchmark, "benchmark", functools.partial(benchmark.benchmark, runs=2, warm_up=1))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     benchmark.main(flags(images, tmp_path, 1))
     assert torch.backends.cudnn.benchmark is True  # as train.py
@@ -711,7 +770,8 @@ def test_benchmark(tool, images, tmp_path, capsys, monkeypatch):
 
 
 def test_gradients_of_a_checkpoint(tool, run, capsys):
-    """The sum's row by a backward pass, the embeddings' cosines by a loop; the file stays as it is."""
+    """The sum's row by a backward pass, the embeddings' cosines by a loop;
+    the file stays as it is."""
     run(epochs=1)
     before, state = Path("out/last.pt").read_bytes(), files.load_checkpoint("out/last.pt")
     program = tool("gradients").main
@@ -732,18 +792,23 @@ def test_gradients_of_a_checkpoint(tool, run, capsys):
                  sum(F.cross_entropy(student, labels) for student in logits[:, -1])):
         method.zero_grad()
         loss.backward(retain_graph=True)
-        norms.append(torch.cat([p.grad.flatten() for p in backbones if p.grad is not None]).norm().item())
+        norms.append(torch.cat(
+            [p.grad.flatten() for p in backbones if p.grad is not None]).norm().item())
     row = next(line for line in printed.splitlines() if line.startswith("| the sum |"))
-    assert [float(x) for x in row.split("|")[2:4]] == pytest.approx([norms[0], norms[0] / norms[1]], rel=0.01)
+    assert [float(x) for x in row.split("|")[2:4]] == pytest.approx(
+        [norms[0], norms[0] / norms[1]], rel=0.01)
     for a in range(2):
         pairs = [(i, j) for i in range(18) for j in range(18) if i != j]
-        cosine = [sum(F.cosine_similarity(u[i], u[j], 0) for i, j in pairs) / len(pairs) for u in z[a]]
-        row = next(line for line in printed.splitlines() if line.startswith(f"student {a + 1}: mean cosine"))
+        cosine = [sum(F.cosine_similarity(u[i], u[j], 0) for i, j in pairs) / len(pairs)
+                  for u in z[a]]
+        row = next(line for line in printed.splitlines()
+                   if line.startswith(f"student {a + 1}: mean cosine"))
         assert row.endswith(f"stage by stage: {cosine[0]:.3f} {cosine[1]:.3f}")
     sets = [(u, v) for a in range(2) for u in z[a] for v in z[1 - a]]
     gains = [math.log(17) - sum(x.item() for x in values) / len(sets) for values in (
         [losses.vcl(u, labels) for u, _ in sets], [losses.icl(u, v, labels) for u, v in sets])]
-    assert f"below chance, nats an anchor, lambda left out: VCL {gains[0]:.3f}, ICL {gains[1]:.3f}" in printed
+    assert ("below chance, nats an anchor, lambda left out: "
+            f"VCL {gains[0]:.3f}, ICL {gains[1]:.3f}") in printed
     assert Path("out/last.pt").read_bytes() == before
     run("--method", "mcl", out="mcl", epochs=1)
     with pytest.raises(SystemExit):
@@ -759,8 +824,10 @@ def test_gradients_of_a_checkpoint(tool, run, capsys):
         method.meta_step(optimizer, state["logged_lr"], None, images, labels, None, None)
         found.append(torch.cat([p.grad.flatten() for p in method.matching_network.parameters()]))
     held, moving = found
-    assert printed == (f"gradient of phi: norm {held.norm():.3g} with lambda held, {moving.norm():.3g} with lambda "
-                       f"moving; cosine {F.cosine_similarity(held, moving, 0):.3g}")
+    assert printed == (f"gradient of phi: norm {held.norm():.3g} with lambda held, "
+                       f"{moving.norm():.3g} with lambda moving; "
+                       f"cosine {F.cosine_similarity(held, moving, 0):.3g}")
     program(["out/last.pt"])  # ten batches, of which there are three
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| ce, own heads |"))
+    row = next(line for line in capsys.readouterr().out.splitlines()
+               if line.startswith("| ce, own heads |"))
     assert row.endswith("| 1.00 | 1.00 |")

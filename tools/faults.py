@@ -1,7 +1,8 @@
-"""Stop real runs at random moments, resume each to its end, and compare it with an uninterrupted run.
+"""Stop real runs at random moments, resume each to its end,
+and compare it with an uninterrupted run.
 
-    python tools/faults.py kill             # one process: SIGKILL, SIGHUP, second starts
-    python tools/faults.py torchrun         # two processes: SIGTERM to torchrun, SIGKILL to one of them
+    python tools/faults.py kill         # one process: SIGKILL, SIGHUP, second starts
+    python tools/faults.py torchrun     # two processes: SIGTERM to torchrun, SIGKILL to one of them
 
 Prints what was done and whether all files were equal, bit for bit; status 1 if not.
 """
@@ -59,7 +60,8 @@ def start(folder, flags, dies_at=None, unread=False, output="output.txt"):
         if dies_at:
             name, n = dies_at
             true, calls, die = getattr(os, name), itertools.count(1), signal.SIGKILL
-            setattr(os, name, lambda *a: os.kill(os.getpid(), die) if next(calls) == n else true(*a))
+            setattr(
+                os, name, lambda *a: os.kill(os.getpid(), die) if next(calls) == n else true(*a))
         train.main(flags)
         status = 0
     except SystemExit as end:
@@ -72,11 +74,13 @@ def start(folder, flags, dies_at=None, unread=False, output="output.txt"):
 
 def stats(out, pattern):
     """What tells whether a file was touched, by name."""
-    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns, p.stat().st_size) for p in out.glob(pattern)}
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns, p.stat().st_size)
+            for p in out.glob(pattern)}
 
 
 def second_start(child, folder, flags):
-    """Another start in the same --out-dir, while the first stands still, is refused and changes nothing.
+    """Another start in the same --out-dir, while the first stands still,
+    is refused and changes nothing.
 
     False if the first has not locked the folder yet, or has ended.
     """
@@ -88,7 +92,8 @@ def second_start(child, folder, flags):
             return False
         before, other = stats(folder / "out", "*"), start(folder, flags, output="second.txt")
         status, text = os.waitpid(other, 0)[1], (folder / "second.txt").read_text()
-        assert os.waitstatus_to_exitcode(status) == 1 and f"in use by process {child}: " in text, text
+        assert (os.waitstatus_to_exitcode(status) == 1
+                and f"in use by process {child}: " in text), text
         assert stats(folder / "out", "*") == before
         return True
     finally:
@@ -96,7 +101,8 @@ def second_start(child, folder, flags):
 
 
 def ended(child, folder, wait=0):
-    """Waits so long for the process: True if it has finished, False if it runs, None if a signal ended it."""
+    """Waits so long for the process: True if it has finished, False if it runs,
+    None if a signal ended it."""
     status = os.waitpid(child, wait)
     if status[0] == 0:
         return False
@@ -138,8 +144,10 @@ def attempt(folder, flags, how, draw, span):
 
 
 def refused(path, damages=100, seed=0):
-    """How many damaged copies of a checkpoint are refused: half are cut short, half have one bit wrong."""
-    content, draw, count, copy = path.read_bytes(), random.Random(seed), 0, path.with_name("damaged.pt")
+    """How many damaged copies of a checkpoint are refused:
+    half are cut short, half have one bit wrong."""
+    content, draw, count, copy = (
+        path.read_bytes(), random.Random(seed), 0, path.with_name("damaged.pt"))
     for number in range(damages):
         damaged, place = bytearray(content), draw.randrange(len(content))
         if number % 2:
@@ -160,7 +168,8 @@ def kill(stops, epochs, folder, seed=0):
     draw, began = random.Random(seed), time.monotonic()
     stopped, inside, second, runs, equal = 0, 0, 0, 0, True
     draw_images(folder / "images")
-    flags = [*FLAGS, "--arch", "small", "--epochs", str(epochs), "--data-dir", str(folder / "images")]
+    flags = [*FLAGS, "--arch", "small", "--epochs", str(epochs),
+             "--data-dir", str(folder / "images")]
     assert ended(start(folder / "whole", flags), folder / "whole")
     span, whole = (time.monotonic() - began) / 3, results(folder / "whole" / "out")
     hows = itertools.cycle(["second", "call", "watched", "moment", "hangup"])
@@ -178,9 +187,10 @@ def kill(stops, epochs, folder, seed=0):
         equal &= same(results(parts / "out"), whole, f"run {runs}")
         shutil.rmtree(parts)
     damaged = refused(folder / "whole" / "out" / "last.pt")
-    print(f"{stopped} stops ({inside} inside writing) in {runs} runs of {3 * epochs} steps, each resumed to "
-          f"its end: equal to the uninterrupted run: {'yes' if equal else 'NO'}; {second} second starts "
-          f"refused; {damaged} of 100 damaged checkpoints refused; {time.monotonic() - began:.0f} s")
+    print(f"{stopped} stops ({inside} inside writing) in {runs} runs of {3 * epochs} steps, "
+          "each resumed to its end: equal to the uninterrupted run: "
+          f"{'yes' if equal else 'NO'}; {second} second starts refused; "
+          f"{damaged} of 100 damaged checkpoints refused; {time.monotonic() - began:.0f} s")
     return equal and damaged == 100
 
 
@@ -188,17 +198,19 @@ def same(found, whole, name):
     """Whether two runs' files are equal; names those that are not."""
     for file in sorted(whole.keys() | found.keys()):
         if whole.get(file) != found.get(file):
-            print(f"{name}: {file} " + ("differs" if file in whole and file in found else "is in one only"))
+            print(f"{name}: {file} "
+                  + ("differs" if file in whole and file in found else "is in one only"))
     return found == whole
 
 
 # ---------------------------------------------------------------- several processes
 
 def start_torchrun(folder, images, epochs):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "train.py"),
-               *FLAGS, "--arch", "resnet8", "--batch-size", "12", "--epochs", str(epochs),
-               "--data-dir", str(images)]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               str(ROOT / "train.py"), *FLAGS, "--arch", "resnet8", "--batch-size", "12",
+               "--epochs", str(epochs), "--data-dir", str(images)]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
 
 
@@ -220,17 +232,19 @@ def torchrun(stops, epochs, folder, seed=0):
         if name == "SIGTERM":
             process.terminate()
         else:
-            found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+            found = subprocess.run(["pgrep", "-P", str(process.pid)],
+                                   capture_output=True, text=True)
             os.kill(int(draw.choice(found.stdout.split())), signal.SIGKILL)
         down = time.monotonic()
         process.communicate(timeout=60)
-        print(f"{name}: down after {time.monotonic() - down:.1f} s, exit status {process.returncode}",
-              flush=True)
+        print(f"{name}: down after {time.monotonic() - down:.1f} s, "
+              f"exit status {process.returncode}", flush=True)
         start_torchrun(parts, images, epochs).communicate()
         equal &= same(results(parts / "out"), whole, name)
         shutil.rmtree(parts)
-    print(f"{names.count('SIGTERM')} SIGTERMs, {names.count('SIGKILL')} SIGKILLs, each resumed to its end: "
-          f"equal to the uninterrupted run: {'yes' if equal else 'NO'}; {time.monotonic() - began:.0f} s")
+    print(f"{names.count('SIGTERM')} SIGTERMs, {names.count('SIGKILL')} SIGKILLs, "
+          "each resumed to its end: equal to the uninterrupted run: "
+          f"{'yes' if equal else 'NO'}; {time.monotonic() - began:.0f} s")
     return equal
 
 
@@ -238,7 +252,8 @@ def main(argv=None):
     parser = Parser("faults.py", __doc__)
     campaigns = parser.add_subparsers(required=True, parser_class=argparse.ArgumentParser)
     for campaign, stops, epochs in ((kill, 30, 8), (torchrun, 10, 20)):
-        p = campaigns.add_parser(campaign.__name__, description=campaign.__doc__, help=campaign.__doc__)
+        p = campaigns.add_parser(campaign.__name__, description=campaign.__doc__,
+                                 help=campaign.__doc__)
         p.add_argument("--stops", type=at_least_1, default=stops, help=f"({stops})")
         p.add_argument("--epochs", type=at_least_1, default=epochs, help=f"of each run ({epochs})")
         p.set_defaults(campaign=campaign)
