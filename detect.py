@@ -67,7 +67,8 @@ def train(args, train_set, test_set, model, run):
     for epoch in run.epochs():
         for batch in run.timed(train_batches(args, train_set, run)):
             # torchvision samples regions: a resumed run draws the same
-            torch.manual_seed(seeds.seed(f"{args.seed},{run.total_steps},{run.processes.rank}"))
+            key = f"{args.seed},{run.total_steps},{run.processes.rank}"
+            seeds.seed_own(seeds.seed(key), args.device)
             run.set_lr(learning_rate(args, epoch, run.total_steps))
             images, targets = zip(*batch, strict=True)
             run.add(train_step(args, model, run, images, targets), len(batch))

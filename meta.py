@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from support import seeds
 from support.console import UserError, first_line
 from support.second_order import FastSecondDerivatives
 
@@ -267,17 +268,13 @@ def meta_step(students, matching_network, optimizer, images, inner_loss, outer_l
     Source: arXiv 2207.11518.
     """
     params = {name: p for name, p in students.named_parameters() if p.requires_grad}
-    devices = [images.device] if images.is_cuda else []
-    generators = [torch.default_generator]
-    generators += [torch.cuda.default_generators[device.index] for device in devices]
     # a CUDA graph seeds no generator
     capturing = images.is_cuda and torch.cuda.is_current_stream_capturing()
     moved = buffers_in_training(students)
 
     def forward(theta):
         if not capturing:
-            for generator in generators:
-                generator.manual_seed(0)
+            seeds.seed_own(0, images.device)
         tensors = dict(zip(params, theta, strict=True))
         tensors |= {name: b.clone() for name, b in moved.items()}
         return functional_call(students, tensors, (images,))
@@ -291,6 +288,7 @@ def meta_step(students, matching_network, optimizer, images, inner_loss, outer_l
             inner, lambda theta: outer_loss(forward(theta)[2]), list(params.values()), meta_params,
             inner_steps, lr, momentum, weight_decay, forward_mode, average)
 
+    devices = [images.device] if images.is_cuda else []
     same_dropout = torch.random.fork_rng(devices, enabled=not capturing)
     with batch_statistics(students), no_tf32(), same_dropout, sdpa_kernel(SDPBackend.MATH):
         optimizer.zero_grad()
@@ -402,7 +400,7 @@ class CalledPart:
         *values, x = self.flat.views(theta)
         tensors = dict(zip(self.params, values, strict=True))
         tensors |= {name: b.clone() for name, b in self.buffers.items()}
-        torch.manual_seed(0)
+        seeds.seed_own(0, x.device)
         return functional_call(self.module, tensors, (x.clone(),))  # it may work in place
 
     def loss(self, theta):
@@ -445,7 +443,7 @@ class CalledPart:
             for p, value in zip(self.params.values(), values, strict=True):
                 p.copy_(value)
         x = x.detach().requires_grad_()
-        torch.manual_seed(0)
+        seeds.seed_own(0, x.device)
         loss = (self.module(x.clone()) + self.target).square().sum()
         inside = self.flat.concatenate(_grad(loss, [*self.params.values(), x]))
         return bool((called - inside).norm() > 1e-3 * called.norm())

@@ -49,7 +49,7 @@ def train(args, dataset, method, run):
             rows = method.bank.sample(index, epoch, run.step) if method.bank else None
             if epoch < args.warmup:
                 run.set_lr(learning_rate(args, epoch, (run.step + 1) / run.steps_per_epoch))
-            seed_dropout(args.seed, run.total_steps, run.processes.rank)
+            seed_dropout(args.seed, run.total_steps, run.processes.rank, args.device)
             logged, outputs = ordinary_step(images, labels, rows)
             run.add(logged, len(labels))
             if method.second and method.second.is_due(epoch, run.total_steps):
@@ -121,9 +121,9 @@ def train_batches(args, dataset, run):
     return itertools.islice(batches, run.steps_left)
 
 
-def seed_dropout(seed, step, rank):
+def seed_dropout(seed, step, rank, device):
     """Dropout is all that is random in a step: a resumed run draws the same masks."""
-    torch.manual_seed(seeds.seed(f"{seed},{step},{rank}"))
+    seeds.seed_own(seeds.seed(f"{seed},{step},{rank}"), device)
 
 
 # ---------------------------------------------------------------- evaluation

@@ -10,6 +10,18 @@ def seed(key):
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
 
 
+def seed_own(seed, device):
+    """Seeds PyTorch's own generators of the CPU and of `device`, which dropout draws from.
+
+    torch.manual_seed seeds those of all devices, and asks for each kind that there might be.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
+    elif device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
 def generator(key):
     """A torch.Generator on the CPU, seeded by the key: those of neighbouring keys are unrelated."""
     return torch.Generator().manual_seed(seed(key))

@@ -1,6 +1,7 @@
 """What several test files share:
 a small data set, runs of train.py here or in forks, comparison of what runs leave."""
 
+import gc
 import itertools
 import json
 import os
@@ -24,6 +25,7 @@ from support.architectures import ARCHITECTURES, LAYOUTS, ExistingNetwork, he_no
 from support.run import Run
 
 torch.set_num_threads(1)  # small tensors: a second thread would mostly be waited for
+gc.freeze()  # what is imported stays: the collector need not look at it again and again
 
 
 class Small:

@@ -219,7 +219,7 @@ def test_no_step_waits(more, images):
         torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches:
-            train.seed_dropout(0, s.run.total_steps, 0)
+            train.seed_dropout(0, s.run.total_steps, 0, s.args.device)
             logged, outputs = s.step(*batch)
             s.run.add(logged, len(batch[1]))
             if s.method.second:
