@@ -80,8 +80,8 @@ def nce(scores, positive, excluded):
     # stays finite.
     lowest = torch.finfo(scores.dtype).min
     partition = scores.masked_fill(excluded, lowest).logsumexp(-1)  # [..., B]
-    count = positive.sum(-1, dtype=scores.dtype)  # [B]
-    target = positive / count.clamp(min=1)[:, None]  # [B, M'], rows sum to 1 or 0
+    count = positive.sum(-1, dtype=scores.dtype)  # [B] or [1]
+    target = positive / count.clamp(min=1)[:, None]  # [B, M'] or [1, M'], rows sum to 1 or 0
     attraction = (scores[..., :target.shape[-1]] * target).sum(-1)  # [..., B]
     return (partition - attraction) * (count > 0)
 
@@ -119,8 +119,8 @@ class KLToConstant(torch.autograd.Function):
 
     q.detach() would give the same gradient, but its derivative would miss that q moves with theta.
     The meta step differentiates through updates, and each update has another q: with q.detach() its
-    hypergradient is tens of per cent off at initialisation. No sum of ordinary operations does
-    this: its Jacobian is symmetric in log p and q, or lacks q's part.
+    hypergradient is tens of per cent off at initialisation. No function of ordinary operations does
+    this: the Jacobian of its gradient is symmetric in log p and q, or, with detach, lacks q's part.
     """
 
     generate_vmap_rule = True  # torch.func
@@ -258,8 +258,8 @@ def bank_pairs(z, own, positive, negatives, same_class, tau, T):
     S, B, _ = z.shape
     K, z = negatives.shape[1], at_least_float32(z)
     own, positive, negatives = (rows.detach().to(z.dtype) for rows in (own, positive, negatives))
-    pairs = torch.cat([own, positive])  # [2*S, B, D]
-    near = similarity(z.transpose(0, 1), pairs.transpose(0, 1), tau)  # [B, S, 2*S]
+    near = torch.cat([own, positive])  # [2*S, B, D]
+    near = similarity(z.transpose(0, 1), near.transpose(0, 1), tau)  # [B, S, 2*S]
     near = near.view(B, S, 2, S).permute(1, 3, 0, 2)  # [S, S, B, 2]
     far = similarity(z.flatten(0, 1), negatives.flatten(0, 1), tau)  # [S*B, S*K]
     far = far.view(S, B, S, K).transpose(1, 2)  # [S, S, B, K]
@@ -293,7 +293,7 @@ def lmcl_sums(values, weights, valid):
     """L-MCL's sums of weighted batch means; the soft terms keep all anchors.
 
     values: of batch_pairs, S = N * L; weights [N, L, N, L, B], valid [B] -> dict of four scalars.
-    Each ordered pair's term holds both directions, so with s = (a, l), t = (b, m)
+    Each ordered pair's term holds both directions, so with s = (a, l), t = (b, m), a != b
 
         sum_{s,t} lambda_st (V_s + V_t) = sum_{s,t} (lambda_st + lambda_ts) V_s,
 
@@ -321,8 +321,8 @@ def contrast_gains(values, excluded, always, valid, students):
         vcl_gain = mean of  log M_i - nce(z_s, z_s)_i  over sets s and anchors i,
         icl_gain = mean of  log M_i - nce(z_s, z_t)_i  over pairs (s, t) of two students, and i
 
-    M_i are the candidates of anchor i: the columns that `excluded` [B, M] leaves, and `always`
-    more, (of VCL, of ICL).
+    M_i is the number of anchor i's candidates: the columns that `excluded` leaves (bool, [B, B] in
+    the batch, same_class [B, K] with a bank), and always[0] more for VCL, always[1] for ICL.
     values: of batch_pairs; valid [B]; students: N -> dict of vcl_gain and, where there are two
     students, icl_gain.
     """
@@ -558,7 +558,7 @@ def _check_positive(name, temperature):
 
 
 def _check_lengths(name, key, z):
-    """Rows are unit vectors, or zero as F.normalize leaves them. On the CPU: a GPU would wait."""
+    """Rows are unit vectors, or zero as F.normalize leaves them. CPU only: else the host waits."""
     if z.device.type != "cpu" or torch.compiler.is_compiling():
         return
     try:

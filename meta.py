@@ -82,6 +82,9 @@ def hypergradient(inner_loss, outer_loss, params, meta_params, *, inner_steps, l
         d_theta  = d_theta + wd u + J_k^T u    (for theta_k)
         d_v      = mu u                        (for v_k)
 
+    For k = Q the recursion starts from outer_loss(theta_{Q+1})'s own derivatives, as d_theta and
+    d_phi, and from d_v = 0.
+
     J_k^T u and u^T dg_k/dphi are the gradients of the one scalar X = <g_k(theta_k, phi), u>, u
     constant. For k = 0 only the part for phi is needed. X is also the directional derivative of
     the loss along u, d/deps inner_loss(theta_0 + eps u): with forward_mode=True one forward pass
@@ -140,8 +143,8 @@ def _local_hypergradient(inner_loss, outer_loss, params, meta_params, inner_step
         if k == 0 and forward_mode:
             through_g = _mixed_product(losses[k], trajectory[k], u, meta_params)
         else:
-            Ju, *through_g = _second_order_products(losses[k], trajectory[k], u, meta_params)
-            d_theta = d_theta + weight_decay * u + mean(Ju)
+            JTu, *through_g = _second_order_products(losses[k], trajectory[k], u, meta_params)
+            d_theta = d_theta + weight_decay * u + mean(JTu)
             d_v = momentum * u
         d_phi = [d + more for d, more in zip(d_phi, through_g, strict=True)]
     return d_phi
@@ -264,7 +267,7 @@ def meta_step(students, matching_network, optimizer, images, inner_loss, outer_l
     (forward_mode=False).
 
     Batch normalisation uses the batch's statistics; dropout has the same masks in every pass; any
-    other buffer that a forward pass moves starts each pass from what it is.
+    other buffer that a forward pass moves has its present value at the start of each.
     Source: arXiv 2207.11518.
     """
     params = {name: p for name, p in students.named_parameters() if p.requires_grad}
@@ -316,7 +319,7 @@ def buffers_in_training(module):
 
 @contextmanager
 def batch_statistics(module):
-    """Batch normalisation in training uses the batch's statistics, and leaves the running ones."""
+    """In training, batch normalisation leaves its running statistics as they are."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     tracking = [m for m in norms if m.track_running_stats]
     try:
@@ -330,7 +333,7 @@ def batch_statistics(module):
 
 @contextmanager
 def no_tf32():
-    """CUDA computes in full float32: early in training rounding takes most of the digits."""
+    """CUDA computes in full float32: TF32 takes most digits of an early hypergradient."""
     backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     before = [backend.fp32_precision for backend in backends]
     try:

@@ -211,8 +211,8 @@ class MCL(Method):
     def start_epoch(self, epoch):
         """Contrast begins in epoch --contrast-start, its soft losses grow over --soft-ramp epochs.
 
-        They are zero where all embeddings are equal: at full weight from the first step on, with a
-        bank, they make them so before contrast has told any apart.
+        The soft losses are zero where all embeddings are equal. At full weight from the first step
+        on, with a bank, they make all embeddings equal before contrast has told any apart.
         """
         done = epoch - self.args.contrast_start + 1
         self.phase = "contrast" if done > 0 else "before it"
@@ -301,7 +301,7 @@ class MCL(Method):
 
 
 def add_contrast(group):
-    """The options of both contrastive methods; what is None comes from options.RECIPES."""
+    """The options of both contrastive methods; options.complete fills in those that are None."""
     weight = arguments.not_negative
     group.add_argument("--weight-vcl", type=weight, metavar="ALPHA",
                        help="alpha, of VCL (0.1; lmcl on imagenet 0.01)")
@@ -363,7 +363,10 @@ class LMCL(MCL):
         self.forward_mode = True
 
     def check(self):
-        """Whether the meta step can differentiate the students twice, once in forward mode."""
+        """Raises UserError where the meta step cannot differentiate the students twice.
+
+        Sets forward_mode: whether all their layers have it, for the meta step's first step.
+        """
         if self.second:
             trial = meta.DerivativeTrial()
             self.cohort.check(self.args.image_size, trial)

@@ -272,8 +272,9 @@ class Aggregator(nn.Module):
         for f_a, mlp in zip(features, self.mlps, strict=True):
             together = f_a.transpose(0, 1).flatten(1)  # [B, L*d_a]
             scores.append(mlp(together))  # [B, L]
-        g = torch.stack(scores)  # [N, B, L]
-        g = g.to(torch.promote_types(g.dtype, torch.float32)).softmax(-1).mT  # [N, L, B]
+        scores = torch.stack(scores)  # [N, B, L]
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        g = scores.softmax(-1).mT  # [N, L, B]
         return (g[..., None] * logits).sum(1)  # [N, B, C]
 
 
@@ -315,9 +316,9 @@ class Discriminators(nn.Module):
         return [transfer(m) for transfer, m in zip(self.transfer, maps, strict=True)]
 
     def shrink(self, a, m):
-        """[B, c, h, h] -> [B, c, size, size], as adaptive average pooling.
+        """[B, c, h, h] -> [B, c, size, size]: adaptive average pooling by deterministic operations.
 
-        Whose CUDA form is not deterministic.
+        PyTorch's own is not deterministic on CUDA.
         """
         factor, rest = divmod(m.shape[-1], self.size)
         if rest:
@@ -378,7 +379,8 @@ class MemoryBank(nn.Module):
         self.register_buffer("written", torch.zeros(len(labels), dtype=torch.bool))
         self.register_buffer("labels", labels.clone(), persistent=False)
         self.register_buffer("partner", torch.empty_like(labels), persistent=False)
-        self.partner_epoch, labels = None, labels.cpu()
+        self.partner_epoch = None
+        labels = labels.cpu()
         sizes = labels.bincount()  # [classes]
         starts = sizes.cumsum(0) - sizes  # [classes]
         self.by_class = labels.argsort(stable=True)  # [n], images, one class after the other

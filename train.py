@@ -262,7 +262,8 @@ def report(args, dataset, method, run, loss_in_words):
         say(f"warning    one student has no peers: what {args.method} adds to cross-entropy is 0, "
             "or its own")
     second, end = method.second, min(total, args.max_steps or total)
-    if second and max(second.every, second.first * run.steps_per_epoch + 1) > end:
+    last_due = end // second.every * second.every if second else 0
+    if second and last_due <= second.first * run.steps_per_epoch:
         say(f"warning    too few steps: no {second.name} will be made")
     say(f"output     {run.out}")
 

@@ -7,7 +7,7 @@ Needs torch alone; copy it as it is.
     torch.autograd.grad(gradient @ u, [theta])  # the second one uses the formulas below
 
 Values and derivatives are PyTorch's up to rounding: leaving the mode out changes speed and memory
-only, but for the two functions at the end of the next paragraph. PyTorch differentiates the
+only, but for F.hardsigmoid and F.normalize, see the next paragraph. PyTorch differentiates the
 backward pass of batch normalisation by dozens of operations on the feature map, and that of a
 convolution's weight by a convolution whose kernel is as large as the map. Here the same takes seven
 operations on the map, and four ordinary convolutions.

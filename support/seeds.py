@@ -10,16 +10,16 @@ def seed(key):
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
 
 
-def seed_own(seed, device):
+def seed_own(number, device):
     """Seeds PyTorch's own generators of the CPU and of `device`, which dropout draws from.
 
     torch.manual_seed seeds those of all devices, and asks for each kind that there might be.
     """
-    torch.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(number)
     if device.type == "cuda":
-        torch.cuda.default_generators[device.index].manual_seed(seed)
+        torch.cuda.default_generators[device.index].manual_seed(number)
     elif device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
+        torch.get_device_module(device).manual_seed(number)
 
 
 def generator(key):

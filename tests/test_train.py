@@ -449,6 +449,8 @@ def test_too_few_steps_for_a_meta_step_are_warned_of(run, capsys):
     assert "warning    too few steps: no meta step will be made" in capsys.readouterr().out
     run("--meta-freq", 3, "--contrast-start", 2, out="late")
     assert "no meta step will be made" in capsys.readouterr().out
+    run("--meta-freq", 5, "--contrast-start", 2, epochs=3, out="between")  # due after 5 and 10
+    assert "no meta step will be made" in capsys.readouterr().out
     run("--meta-freq", 3, "--contrast-start", 1, out="made")
     assert "no meta step will be made" not in capsys.readouterr().out
 
