@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from support.arguments import WHERE, Parser
+from support.arguments import BEFORE, WHERE, Parser
 from support.console import UserError, one_line_errors, say, warn
 
 LESS = "mean less row 1's, by seed"
@@ -108,9 +108,7 @@ def read_run(path):
             options[name] = header[name]
     if isinstance(header.get("processes"), int):
         options["processes"] = header["processes"]  # each contrasts and normalises its own share
-    if options.get("method") == "lmcl":
-        options.setdefault("matching", "learned")  # a log from before --matching
-    else:
+    if options.get("method") != "lmcl":
         options.pop("matching", None)  # logged, but nothing there is matched
     return Run(options, header["args"].get("seed"), epochs)
 
@@ -119,11 +117,23 @@ def as_text(value):
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def completed(runs):
+    """The same, each with what programs did BEFORE an option that other runs of its method log."""
+    known, filled = {}, []  # known: names of the options by method
+    for run in runs:
+        known.setdefault(run.options.get("method"), set()).update(run.options)
+    for run in runs:
+        names = known[run.options.get("method")]
+        earlier = {name: value for name, value in BEFORE.items() if name in names}
+        filled.append(run._replace(options=earlier | run.options))
+    return filled
+
+
 def group_runs(runs):
     """Returns (names of the options that differ, method first; {their values as text: runs}).
 
-    An option differs if two runs log two values of it. A run that does not log it, of an earlier or
-    later version, joins the one value of its method's other runs; else its value is "-".
+    An option differs if two runs have two values of it. A run without it, of an earlier or later
+    version, joins the one value of its method's other runs; else its value is "-".
     """
     def shared(run, name):
         same = [run] if name in run.options else runs
@@ -132,6 +142,7 @@ def group_runs(runs):
                   if name in other.options and other.options.get("method") == method}
         return values.pop() if len(values) == 1 else "-"
 
+    runs = completed(runs)
     logged, groups = {}, {}
     for run in runs:
         for name, value in run.options.items():

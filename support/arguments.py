@@ -12,6 +12,11 @@ import sys
 WHERE = {"device", "data_dir", "out_dir", "max_steps", "save_every", "resume", "cuda_graph",
          "workers", "tensorboard", "model_file", "num_nets",
          "evaluate", "predict", "checkpoint", "benchmark"}
+# What train.py did before it had the option, for logs and checkpoints that lack it.
+BEFORE = {"augment": "crop-flip", "validation_fraction": 0.0, "weights": None, "schedule": "cosine",
+          "batches": "pairs", "contrast": "batch", "contrast_start": 0, "soft_ramp": 0.0,
+          "matching": "learned", "virtual_lambda": "held", "synthetic_images": None,
+          "optimizer": "sgd", "warmup": 0, "no_decay_1d": False}
 WORKERS = min(4, os.cpu_count() or 1)
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch.utils._pytree import tree_map
 
-from support.arguments import WHERE
+from support.arguments import BEFORE, WHERE
 from support.console import ImageError, Interrupted, UserError, say, show_line
 from support.files import CHECKPOINT_FORMAT, load_checkpoint, load_into, save_checkpoint, write
 from support.processes import device_name
@@ -99,6 +99,7 @@ def compare_arguments(args, saved, path):
     """Raises UserError if more differs than where and how far the run goes: see WHERE."""
     as_text = lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value)
     now, differing = vars(args), []
+    saved = BEFORE | saved
     for name in saved:
         if name in now and name not in WHERE and now[name] != saved[name]:
             flag = f"--{name.replace('_', '-')}"

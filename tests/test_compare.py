@@ -102,11 +102,20 @@ def test_old_logs_are_pooled_with_a_run_of_the_same_command_today(tmp_path, caps
     assert row["mean"] == f"{mean(last):.2f} +- {stdev(last):.2f}"
 
 
-def test_an_option_missing_in_an_older_log_does_not_differ(tmp_path, capsys):
+def test_an_option_that_came_later_differs_from_what_was_done_before(tmp_path, capsys):
+    """An older log joins a newer one that says what it did; an unknown option does not differ."""
     old = write_log(tmp_path / "old", epoch(2, 5, 5))
-    new = write_log(tmp_path / "new", epoch(2, 5, 5), seed=1, augment="crop")
+    later = [("augment", "crop-flip", "crop"), ("virtual_lambda", "held", "moving"),
+             ("contrast_start", 0, 1), ("soft_ramp", 0.0, 8.0), ("warmup", 0, 5)]
+    for name, before, other in later:
+        new = [write_log(tmp_path / f"{name}{i}", epoch(2, 5, 5), seed=i, **{name: value})
+               for i, value in enumerate((before, other), start=1)]
+        _, rows, _ = run(capsys, old, *new)
+        assert [(row[name], row["n (seeds)"]) for row in rows] == [
+            (str(before), "2 (0 1)"), (str(other), "1 (2)")]
+    new = write_log(tmp_path / "new", epoch(2, 5, 5), seed=1, negatives=7)
     _, (row,), _ = run(capsys, old, new)
-    assert row["n (seeds)"] == "2 (0 1)" and "augment" not in row
+    assert row["n (seeds)"] == "2 (0 1)" and "negatives" not in row
 
 
 def test_matching_is_lmcls_alone_and_learned_in_a_log_from_before_the_option(tmp_path, capsys):

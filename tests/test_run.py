@@ -274,6 +274,15 @@ def test_only_where_and_how_far_may_differ_when_a_run_goes_on():
         compare_arguments(now, saved, "last.pt")
 
 
+def test_a_checkpoint_from_before_an_option_goes_on_as_it_began():
+    saved = dict(lr=0.1, epochs=3)
+    now = SimpleNamespace(lr=0.1, epochs=3, virtual_lambda="held", soft_ramp=0.0)
+    compare_arguments(now, saved, "last.pt")
+    now.virtual_lambda = "moving"
+    with pytest.raises(UserError, match=r"made with .*: --virtual-lambda held .now moving.; give"):
+        compare_arguments(now, saved, "last.pt")
+
+
 # ---------------------------------------------------------------- signals, printing, errors
 
 def test_signals_are_noted_and_handlers_come_back():
