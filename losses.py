@@ -17,9 +17,8 @@ z_a^l     embeddings  unit embedding of student a at stage l        [N, L, B, D]
 y         labels      class of each sample                          [B], int64
 tau       tau         temperature of contrastive distributions      0.1 CIFAR, 0.07 ImageNet
 T         T           extra temperature of every KL term            3
-sim(u,v)  scores      u v^T / tau, entries s_ij; row i is anchor i  [..., B, M]; in the batch M = B,
-                                                                    with a bank K + 2 between sets,
-                                                                    K + 1 within one
+sim(u,v)  scores      u v^T / tau, entries s_ij; row i is anchor i  [..., B, M]; M = B in the batch,
+                                                                    a bank's K + 2, in one set K + 1
 P(i)      positive    true where column j is a positive of i        [B, M]
           excluded    true where column j is no candidate of i      [B, M]
 lambda    weights     layer-matching weight (see meta.py)           [N, L, N, L, B]
@@ -28,9 +27,8 @@ a <- b                a learns from b, which is constant
 Conventions. Anchors are rows, contrasts are columns. Every loss is computed per anchor; the batch
 mean is taken at the end. Everything runs in float32 or wider. The terms come unweighted: the
 classes in methods.py apply alpha, beta, gamma, lam to VCL, ICL, Soft VCL, Soft ICL.
-In the batch, column j is sample j. The hard losses (VCL, ICL) exclude column j = i, whether both
-sets come from one student or from two, and their mean leaves out anchors without a positive in the
-batch. The soft losses keep all B columns and all B anchors.
+In the batch, column j is sample j. The hard losses (VCL, ICL) exclude j = i, of one student or two,
+and their mean leaves out anchors without a positive. The soft losses keep all columns and anchors.
 With a memory bank, the columns are rows of the bank. Hard and soft losses exclude the same columns,
 the negatives of the anchor's own class, and every anchor has a positive.
 """
@@ -45,8 +43,7 @@ import torch.nn.functional as F
 def similarity(u, v, tau):
     """sim(u, v) = u v^T / tau in float32 or wider, under autocast too.
 
-    u [..., B, D], v [..., M, D] -> [..., B, M].
-    Raises ValueError for a tau that is not above 0.
+    u [..., B, D], v [..., M, D] -> [..., B, M]. Raises ValueError for a tau that is not above 0.
     """
     _check_positive("tau", tau)
     with torch.autocast(u.device.type, enabled=False):
@@ -54,10 +51,7 @@ def similarity(u, v, tau):
 
 
 def batch_masks(labels):
-    """positive: j is another sample of i's class; excluded: j = i.
-
-    labels [B] -> two bool masks [B, B].
-    """
+    """positive: j is of i's class, not i; excluded: j = i.  labels [B] -> bool [B, B] each."""
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     same = labels[:, None] == labels[None, :]  # [B, B]
     return same & ~itself, itself
@@ -69,16 +63,12 @@ def nce(scores, positive, excluded):
         nce_i = - mean_{j in P(i)} log [ exp s_ij / sum_k exp s_ik ]
               = logsumexp_k s_ik - mean_{j in P(i)} s_ij
 
-    scores [..., B, M] (of similarity), excluded bool [B, M], positive bool [B, M'] or [1, M']
-    -> [..., B], one value an anchor, not reduced.
-    With M' < M the columns from M' on are never positive; a bank's negatives are then not
+    scores [..., B, M], excluded bool [B, M], positive bool [B, M'] or [1, M'] -> [..., B], not
+    reduced. With M' < M the columns from M' on are never positive: a bank's negatives are not
     multiplied by zeros. Anchors without a positive give 0. The masks are constant; gradient goes
-    into the scores.
-    Source: arXiv 2104.12565, with the class mean of SupCon (arXiv 2004.11362).
+    into the scores. Source: arXiv 2104.12565, with the class mean of SupCon (arXiv 2004.11362).
     """
-    # The lowest finite number instead of -inf: exp gives the same 0, and a row without candidates
-    # stays finite.
-    lowest = torch.finfo(scores.dtype).min
+    lowest = torch.finfo(scores.dtype).min  # not -inf: a row without candidates stays finite
     partition = scores.masked_fill(excluded, lowest).logsumexp(-1)  # [..., B]
     count = positive.sum(-1, dtype=scores.dtype)  # [B] or [1]
     target = positive / count.clamp(min=1)[:, None]  # [B, M'] or [1, M'], rows sum to 1 or 0
@@ -89,8 +79,7 @@ def nce(scores, positive, excluded):
 def log_probabilities(scores, T, excluded=None):
     """log softmax(scores / T) over the last dimension.  [..., B, M] -> [..., B, M].
 
-    Excluded columns [B, M] get probability 0 and a finite logarithm, so that they add 0 to kl, not
-    NaN.
+    Excluded columns [B, M] get probability 0 and a finite logarithm: they add 0 to kl, not NaN.
     Raises ValueError for a T that is not above 0.
     """
     _check_positive("T", T)
@@ -105,9 +94,8 @@ def kl(student, teacher, T):
 
         kl_i = T^2 * sum_j q_ij (log q_ij - log p_ij),   log p = student, log q = teacher
 
-    student, teacher [..., B, M], leading dimensions broadcast -> [..., B]. No gradient flows into
-    the teacher.
-    T^2 keeps the gradient's size independent of T (Hinton et al. 2015).
+    student, teacher [..., B, M], leading dimensions broadcast -> [..., B]. No gradient into the
+    teacher. T^2 keeps the gradient's size independent of T (Hinton et al. 2015).
     """
     student, teacher = torch.broadcast_tensors(student, teacher)
     function = KLToConstant if torch.compiler.is_compiling() else KLToConstantForward
@@ -159,13 +147,10 @@ def mean_over_anchors(per_anchor, valid):
 # ---------------------------------------------------------------- the four losses of a pair
 
 def vcl(z, labels, tau=0.1):
-    """Vanilla contrastive loss of one student.
+    """Vanilla contrastive loss: mean over i of nce(similarity(z, z, tau), positive, excluded)_i.
 
-        VCL = mean over i of nce(similarity(z, z, tau), positive, excluded)_i
-
-    positive, excluded = batch_masks(labels): column j is sample j, never i itself.
-    z [B, D], labels [B] -> scalar, the mean over the anchors that have a positive.
-    Source: arXiv 2104.12565.
+    positive, excluded = batch_masks(labels): column j is sample j, never i itself. z [B, D],
+    labels [B] -> scalar, the mean over the anchors that have a positive. Source: arXiv 2104.12565.
     """
     _check("vcl", z=(z, "B D"), labels=(labels, "B"))
     positive, excluded = batch_masks(labels)
@@ -184,8 +169,7 @@ def icl(z_a, z_b, labels, tau=0.1):
     views to vcl: vcl(torch.cat([z_a, z_b]), torch.arange(B).repeat(2)).
     Minimising ICL maximises a lower bound of the mutual information of the two embeddings:
     I(z_a; z_b) >= log K - ICL, K the number of negatives.
-    z_a, z_b [B, D] -> scalar, the mean over the anchors that have a positive.
-    Source: arXiv 2104.12565.
+    z_a, z_b [B, D], labels [B] -> scalar, over anchors with a positive. Source: arXiv 2104.12565.
     """
     _check("icl", z_a=(z_a, "B D"), z_b=(z_b, "B D"), labels=(labels, "B"))
     positive, excluded = batch_masks(labels)
@@ -194,9 +178,7 @@ def icl(z_a, z_b, labels, tau=0.1):
 
 
 def soft_vcl(z_a, z_b, tau=0.1, T=3.0):
-    """Soft VCL: a learns from b.
-
-        Soft VCL = mean over i of kl of softmax(sim(z_a,z_a)/T) towards softmax(sim(z_b,z_b)/T)
+    """Soft VCL, a learns from b: kl of softmax(sim(z_a,z_a)/T) towards softmax(sim(z_b,z_b)/T).
 
     Without labels: all B columns, the diagonal too, unlike batch_masks' hard losses.
     z_a, z_b [B, D] -> scalar, the mean over all anchors. z_b is constant; the reverse direction is
@@ -209,14 +191,11 @@ def soft_vcl(z_a, z_b, tau=0.1, T=3.0):
 
 
 def soft_icl(z_a, z_b, tau=0.1, T=3.0):
-    """Soft ICL: a's view learns from b's.
-
-        Soft ICL = mean over i of kl of softmax(sim(z_a,z_b)/T) towards softmax(sim(z_b,z_a)/T)
+    """Soft ICL, a learns from b: kl of softmax(sim(z_a,z_b)/T) towards softmax(sim(z_b,z_a)/T).
 
     Without labels: all B columns, the diagonal too, unlike batch_masks' hard losses.
     z_a, z_b [B, D] -> scalar, the mean over all anchors. The second distribution is constant; both
-    z_a and z_b get gradient through the first. The reverse direction is soft_icl(z_b, z_a).
-    Source: arXiv 2104.12565.
+    get gradient through the first. The reverse: soft_icl(z_b, z_a). Source: arXiv 2104.12565.
     """
     _check("soft_icl", z_a=(z_a, "B D"), z_b=(z_b, "B D"))
     student = log_probabilities(similarity(z_a, z_b, tau), T)  # [B, B]
@@ -227,11 +206,10 @@ def soft_icl(z_a, z_b, tau=0.1, T=3.0):
 # ---------------------------------------------------------------- all pairs, one matrix product
 
 def batch_pairs(z, positive, excluded, tau, T):
-    """The four losses of each anchor, for all ordered pairs (s, t) of S embedding sets.
+    """The four losses of each anchor in the batch, for all ordered pairs (s, t) of S sets.
 
-    In the batch. s is the anchor's set and, for the soft losses, the one that learns.
-    z [S, B, D], masks [B, B] -> dict: vcl [S, 1, B] (it depends on s alone), icl, soft_vcl,
-    soft_icl [S, S, B].
+    s is the anchor's set and, for the soft losses, the one that learns. z [S, B, D], masks [B, B]
+    -> dict: vcl [S, 1, B] (it depends on s alone), icl, soft_vcl, soft_icl [S, S, B].
     """
     S, B, _ = z.shape
     rows = z.flatten(0, 1)  # [S*B, D]
@@ -277,10 +255,7 @@ def bank_pairs(z, own, positive, negatives, same_class, tau, T):
 
 
 def mcl_sums(values, valid):
-    """MCL's sums of batch means; the soft terms keep all anchors.
-
-    values: of batch_pairs, S = N; valid [B] -> dict of four scalars.
-    """
+    """MCL's sums of batch means, four scalars.  values: of batch_pairs, S = N; valid [B]."""
     others = ~torch.eye(len(values["icl"]), dtype=torch.bool, device=valid.device)  # [N, N], a != b
     others = others[..., None]  # [N, N, 1]
     return dict(vcl=mean_over_anchors(values["vcl"], valid).sum(),
@@ -294,11 +269,8 @@ def lmcl_sums(values, weights, valid):
 
     values: of batch_pairs, S = N * L; weights [N, L, N, L, B], valid [B] -> dict of four scalars.
     Each ordered pair's term holds both directions, so with s = (a, l), t = (b, m), a != b
-
-        sum_{s,t} lambda_st (V_s + V_t) = sum_{s,t} (lambda_st + lambda_ts) V_s,
-
-    and so on for ICL, Soft VCL and Soft ICL. lambda is symmetric, so this is
-    2 sum_{s,t} lambda_st V_s: each unordered pair once, scaled by 2.
+    sum_{s,t} lambda_st (V_s + V_t) = sum_{s,t} (lambda_st + lambda_ts) V_s, and so on for the other
+    three. lambda is symmetric, so this is 2 sum_{s,t} lambda_st V_s: each unordered pair once.
     """
     N, L, _, _, B = weights.shape
     same = torch.eye(N, dtype=torch.bool, device=weights.device)  # [N, N], a = b
@@ -306,27 +278,22 @@ def lmcl_sums(values, weights, valid):
     w = weights.masked_fill(same, 0).reshape(N * L, N * L, B)  # [S, S, B]
     w = w + w.transpose(0, 1)
     total = {k: (w * v).sum((0, 1)) for k, v in values.items()}  # [B] each
-    return dict(vcl=mean_over_anchors(total["vcl"], valid),
-                soft_vcl=total["soft_vcl"].mean(),
-                icl=mean_over_anchors(total["icl"], valid),
-                soft_icl=total["soft_icl"].mean())
+    return dict(vcl=mean_over_anchors(total["vcl"], valid), soft_vcl=total["soft_vcl"].mean(),
+                icl=mean_over_anchors(total["icl"], valid), soft_icl=total["soft_icl"].mean())
 
 
 @torch.no_grad()
-def contrast_gains(values, excluded, always, valid, students):
-    """How far VCL and ICL are below chance, in nats an anchor, lambda left out. For the log alone.
-
-    Constant: no gradient. Chance, 0, is where all embeddings are equal.
+def contrast_gains(values, excluded, always, valid, N):
+    """How far VCL and ICL are below chance, in nats an anchor, lambda left out; no gradient.
 
         vcl_gain = mean of  log M_i - nce(z_s, z_s)_i  over sets s and anchors i,
         icl_gain = mean of  log M_i - nce(z_s, z_t)_i  over pairs (s, t) of two students, and i
 
-    M_i is the number of anchor i's candidates: the columns that `excluded` leaves (bool, [B, B] in
-    the batch, same_class [B, K] with a bank), and always[0] more for VCL, always[1] for ICL.
-    values: of batch_pairs; valid [B]; students: N -> dict of vcl_gain and, where there are two
-    students, icl_gain.
+    0 is chance, where all embeddings are equal. M_i: anchor i's candidates, the columns that
+    `excluded` leaves ([B, B] in the batch, same_class [B, K] with a bank), and always[0] more for
+    VCL, always[1] for ICL. values: of batch_pairs; valid [B]; N: students -> dict of vcl_gain and,
+    of several students, icl_gain.
     """
-    N = students
     left = (~excluded).sum(-1, dtype=values["vcl"].dtype)  # [B]
     chance = lambda more: (left + more).clamp(min=1).log()  # [B]
     within = values["vcl"].mean((0, 1))  # [B]
@@ -347,11 +314,9 @@ def mcl_loss(embeddings, labels, tau=0.1, T=3.0, gains=False):
 
     over ordered pairs, each once, mean over the batch. Hard losses by batch_masks: j = i is no
     candidate, anchors without a positive are left out; soft losses have all columns and anchors.
-
     embeddings [N, B, D] unit rows, labels [B] int64 -> dict of four scalars; with gains, those of
-    contrast_gains, too.
-    Raises ValueError for other shapes and dtypes, and on the CPU for other lengths.
-    Source: arXiv 2104.12565.
+    contrast_gains, too. Raises ValueError for other shapes and dtypes, on the CPU for other lengths
+    too. Source: arXiv 2104.12565.
     """
     _check("mcl_loss", embeddings=(embeddings, "N B D"), labels=(labels, "B"))
     pairs = _in_batch(embeddings, labels, tau, T)
@@ -359,9 +324,8 @@ def mcl_loss(embeddings, labels, tau=0.1, T=3.0, gains=False):
 
 
 def mcl_bank_loss(embeddings, own, positive, negatives, same_class, tau=0.07, T=3.0, gains=False):
-    """mcl_loss against a memory bank's rows instead of the batch.
+    """mcl_loss against a memory bank's rows; gradient goes into the embeddings alone.
 
-    Gradient goes into the embeddings alone.
     embeddings [N, B, D] unit rows. From the bank, in float16 or wider: own [N, B, D], the rows of
     the batch's images; positive [N, B, D], rows of other images of the same classes; negatives
     [N, K, D]. same_class [B, K] bool: true where negative k is left out for anchor i.
@@ -380,18 +344,17 @@ def lmcl_loss(embeddings, labels, weights=None, tau=0.1, T=3.0, gains=False):
         sum over ordered pairs a != b and stages l, m of  mean_i lambda^{l,m}_{a,b}(x_i) * term_i,
         term = VCL_a^l + VCL_b^m,  ICL both ways,  Soft VCL both ways,  Soft ICL both ways.
 
-    Hard losses by batch_masks: j = i is no candidate, anchors without a positive are left out; soft
-    losses have all columns and anchors.
+    Columns and anchors are those of mcl_loss.
     embeddings [N, L, B, D] unit rows, labels [B] int64, weights [N, L, N, L, B], the a = b blocks
     unused, None for ones -> dict of four scalars; with gains, those of contrast_gains, too. lambda
     is symmetric; other weights are taken as they are, each ordered pair with its own. Gradient goes
-    into the embeddings and, if they require it, into the weights.
-    Raises ValueError for other shapes and dtypes, and on the CPU for other lengths.
+    into the embeddings and, if they require it, into the weights. Raises ValueError as mcl_loss.
     Source: arXiv 2207.11518.
     """
     _check("lmcl_loss", embeddings=(embeddings, "N L B D"), labels=(labels, "B"),
            weights=(weights, "N L N L B"))
-    weights = _ones(embeddings) if weights is None else weights
+    N, L, B, _ = embeddings.shape
+    weights = embeddings.new_ones(N, L, N, L, B) if weights is None else weights
     sums = lambda values, valid: lmcl_sums(values, weights, valid)
     pairs = _in_batch(embeddings.flatten(0, 1), labels, tau, T)
     return _terms(sums, len(embeddings), gains, *pairs)
@@ -399,9 +362,8 @@ def lmcl_loss(embeddings, labels, weights=None, tau=0.1, T=3.0, gains=False):
 
 def lmcl_bank_loss(embeddings, own, positive, negatives, same_class, weights=None, tau=0.07, T=3.0,
                    gains=False):
-    """lmcl_loss against a memory bank per student and stage.
+    """lmcl_loss against a bank per student and stage; gradient into embeddings, weights alone.
 
-    Gradient goes into the embeddings and weights alone.
     embeddings, own, positive [N, L, B, D], negatives [N, L, K, D], same_class [B, K] as in
     mcl_bank_loss, weights as in lmcl_loss -> dict as from lmcl_loss. Raises ValueError as
     lmcl_loss. Source: arXiv 2207.11518.
@@ -409,7 +371,8 @@ def lmcl_bank_loss(embeddings, own, positive, negatives, same_class, weights=Non
     _check("lmcl_bank_loss", embeddings=(embeddings, "N L B D"), own=(own, "N L B D"),
            positive=(positive, "N L B D"), negatives=(negatives, "N L K D"),
            same_class=(same_class, "B K"), weights=(weights, "N L N L B"))
-    weights = _ones(embeddings) if weights is None else weights
+    N, L, B, _ = embeddings.shape
+    weights = embeddings.new_ones(N, L, N, L, B) if weights is None else weights
     sets = (t.flatten(0, 1) for t in (embeddings, own, positive, negatives))  # [S, ., D]
     sums = lambda values, valid: lmcl_sums(values, weights, valid)
     pairs = _against_bank(*sets, same_class, tau, T)
@@ -436,17 +399,11 @@ def _against_bank(z, own, positive, negatives, same_class, tau, T):
     return bank_pairs(z, own, positive, negatives, same_class, tau, T), same_class, (1, 2), valid
 
 
-def _ones(embeddings):
-    N, L, B, _ = embeddings.shape
-    return embeddings.new_ones(N, L, N, L, B)
-
-
 @torch.no_grad()
 def mutual_information_bound(embeddings, labels, tau=0.1):
-    """log K - mean ICL over all ordered pairs of students, in nats; K: an anchor's negatives.
+    """log K - mean ICL over ordered pairs of students, in nats; K: negatives in the batch.
 
-    In the batch. A lower bound of I(z_a; z_b), averaged over pairs.
-    embeddings [N, B, D], labels [B] -> scalar.
+    A lower bound of I(z_a; z_b), mean of pairs.  embeddings [N, B, D], labels [B] -> scalar.
     """
     _check("mutual_information_bound", embeddings=(embeddings, "N B D"), labels=(labels, "B"))
     positive, excluded = batch_masks(labels)
@@ -483,8 +440,7 @@ def distillation(student_logits, teacher_logits, T=3.0):
 def mutual_distillation(logits, T=1.0):
     """sum_a of the mean over b != a of KL_T(logits_a <- logits_b), every teacher constant.
 
-    logits [N, B, C] -> scalar; 0 for one student.
-    T = 1: deep mutual learning (Zhang et al., CVPR 2018).
+    logits [N, B, C] -> scalar; 0 for one student. T = 1: DML (Zhang et al., CVPR 2018).
     """
     N = len(logits)
     others = ~torch.eye(N, dtype=torch.bool, device=logits.device)  # [N, N], a != b
@@ -499,17 +455,13 @@ def ensemble_distillation(logits, T=3.0):
 # ---------------------------------------------------------------- feature maps: AFD
 
 def generator_loss(own):
-    """sum_a mean (1 - D_a(m_a))^2: student a wants its map taken for a peer's.
-
-    own [N, B] = D_a(m_a) -> scalar.
-    """
+    """sum_a mean (1 - D_a(m_a))^2: a wants its map taken for a peer's.  own [N, B] -> scalar."""
     return (1 - at_least_float32(own)).square().mean(-1).sum()
 
 
 def discriminator_loss(own, peer):
-    """sum_a mean [ D_a(m_a)^2 + (1 - D_a(m_{a+1}))^2 ].
+    """sum_a mean [ D_a(m_a)^2 + (1 - D_a(m_{a+1}))^2 ]: target 0 for a's map, 1 for its peer's.
 
-    Least squares, target 0 for a's own map, 1 for its peer's.
     own, peer [N, B] -> scalar. Chung et al., ICML 2020, with the losses of LSGAN (Mao et al. 2017).
     """
     return (at_least_float32(own).square() + (1 - at_least_float32(peer)).square()).mean(-1).sum()
@@ -525,10 +477,7 @@ DTYPES = {"labels": "integers", "same_class": "booleans"}  # all other arguments
 
 
 def _check(name, **arguments):
-    """Raises ValueError for an argument (tensor, form) that has not its form.
-
-    A letter's first use sets its size.
-    """
+    """Raises ValueError where a (tensor, form) has not its form; a letter's first use sets it."""
     sizes = {}
     for key, (tensor, form) in arguments.items():
         if key == "weights" and tensor is None:
@@ -541,8 +490,7 @@ def _check(name, **arguments):
         if shape != [sizes.get(letter) for letter in wanted]:
             known = sizes.keys() >= set(wanted)
             numbers = f" = {[sizes[letter] for letter in wanted]}" if known else ""
-            letters = ", ".join(wanted)
-            raise ValueError(f"{name}: {key} must be [{letters}]{numbers}, got {shape}")
+            raise ValueError(f"{name}: {key} must be [{', '.join(wanted)}]{numbers}, got {shape}")
         found = "floats" if tensor.is_floating_point() else "integers"
         found = "booleans" if tensor.dtype == torch.bool else found
         dtype = DTYPES.get(key, "floats")

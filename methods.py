@@ -481,35 +481,6 @@ METHODS = {"lmcl": LMCL, "mcl": MCL, "deep-supervision": DeepSupervision, "dml":
            "independent": Independent}
 
 
-# what an epoch's line in the log holds beside the terms
-RESERVED = {"epoch", "step", "loss", "lr", "images_per_second", "seconds", "data_seconds"}
-
-
-def check_terms(method, terms):
-    """Raises UserError where a method's `terms` are not what train.py's loop takes."""
-    name = f"{type(method).__name__}.terms"
-    form = ("{name: (weight, value)}, the weight a number or None, "
-            "the value a tensor with one number")
-    if not isinstance(terms, dict) or not terms:
-        raise UserError(f"{name} returns a {type(terms).__name__}: it must be a dict {form}")
-    for term, pair in terms.items():
-        if not isinstance(term, str) or term in RESERVED or term.endswith(("_top1", "_top5")):
-            raise UserError(f"{name}: the log has another use for {term!r}: "
-                            "give the term another name")
-        if not isinstance(pair, tuple) or len(pair) != 2:
-            raise UserError(f"{name}: {term!r} is no pair of weight and value: it must be {form}")
-        weight, value = pair
-        is_scalar = torch.is_tensor(weight) and weight.dim() == 0
-        if not (weight is None or is_scalar or isinstance(weight, (int, float))):
-            raise UserError(f"{name}: the weight of {term!r} is a {type(weight).__name__}: "
-                            f"it must be {form}")
-        if not torch.is_tensor(value) or (weight is not None and value.dim()):
-            raise UserError(f"{name}: the value of {term!r} is no tensor with one number: "
-                            f"it must be {form}")
-    if all(weight is None for weight, _ in terms.values()):
-        raise UserError(f"{name} has no weight but None, so nothing is trained")
-
-
 def check_second(method):
     """Raises UserError where a method's `second` is not what train.py's loop takes."""
     second, name = method.second, f"{type(method).__name__}.second"
@@ -525,17 +496,3 @@ def check_second(method):
     if not isinstance(second.every, int) or second.every < 1:
         raise UserError(f"{name} is made after every {second.every!r} steps: "
                         "it must be a whole number from 1 on")
-
-
-def as_logged(loss, terms):
-    """{"loss", each term by name and times its weight, "unweighted_" + name where that is not 1}.
-
-    The terms sum to the loss, but for those of weight None, which are logged as they are.
-    """
-    logged, unweighted = {"loss": loss}, {}
-    for name, (weight, value) in terms.items():
-        logged[name] = value if weight is None else weight * value
-        # a tensor's value is not asked for: the host would wait
-        if weight is not None and (torch.is_tensor(weight) or weight != 1):
-            unweighted[f"unweighted_{name}"] = value
-    return {name: value.detach() for name, value in {**logged, **unweighted}.items()}

@@ -28,7 +28,7 @@ import data
 import meta
 import models
 import options
-from methods import METHODS, as_logged, check_second, check_terms
+from methods import METHODS, check_second
 from support import seeds
 from support.console import Signals, UserError, one_line_errors, say
 from support.cuda_graphs import CUDAGraphs, check_graphs, draws_random_numbers
@@ -36,6 +36,7 @@ from support.files import load_pretrained, student_file, torch_bytes, write
 from support.picture import matching_picture
 from support.processes import Processes, be_deterministic, device_name, pick_device
 from support.run import OutDir, Run, fill_gradients, own_code
+from support.terms import as_logged, check_terms
 
 # ---------------------------------------------------------------- the algorithm
 

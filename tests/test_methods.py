@@ -19,10 +19,11 @@ import meta
 import options
 import train
 from conftest import bits
-from methods import METHODS, Method, SecondStep, as_logged, check_terms
+from methods import METHODS, Method, SecondStep
 from support.console import UserError
 from support.processes import Processes
 from support.run import Run
+from support.terms import as_logged, check_terms
 from test_losses import bank_columns, batch_columns, naive_lmcl, naive_mcl
 from test_meta import distance, gradients, runner, unrolled
 from tools.benchmark import operations
