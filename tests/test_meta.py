@@ -475,6 +475,14 @@ def test_meta_step_leaves_no_trace(moving):
     assert any(not torch.equal(p, phi_before[k]) for k, p in matching.state_dict().items())
 
 
+def test_the_trial_draws_one_mask_and_leaves_no_trace():
+    """Other masks in each pass would look like code that computes elsewhere."""
+    part = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5))
+    trial, before = meta.DerivativeTrial(), torch.get_rng_state()
+    trial("a student with dropout", part, torch.randn(4, 3, 8, 8, generator=torch.Generator()))
+    assert trial.forward_mode and torch.equal(torch.get_rng_state(), before)
+
+
 def test_dropout_leaves_no_trace_and_has_one_mask(monkeypatch):
     students, matching, images, contrast, task = meta_setting()
     monkeypatch.setattr(torch, "manual_seed", None)  # it would seed other devices' generators too
