@@ -428,3 +428,8 @@ def test_last_pt_with_other_classes_is_refused(fails, out, images):
     fails(["--student", out / "last.pt", "--dataset", "folder", "--data-dir", "other"],
           f"{out}/last.pt was trained on other classes", "class5) than",
           "--data-dir other (class0, class1, class2, class3, class4)")
+
+
+def test_a_dictionary_that_is_no_student_file_is_named():
+    with pytest.raises(UserError, match="^the content is no checkpoint .* and no student file"):
+        predict.load_student({"weight": torch.zeros(2)})
