@@ -19,6 +19,7 @@ from typing import NamedTuple
 from support.arguments import BEFORE, WHERE, Parser
 from support.console import UserError, one_line_errors, say, warn
 
+UNMATCHED = {"independent", "deep-supervision", "dml", "mcl", "afd"}  # older logs hold `matching`
 LESS = "mean less row 1's, by seed"
 GAINS = {"vcl_gain": "VCL gain, nats", "icl_gain": "ICL gain, nats"}
 
@@ -39,11 +40,9 @@ class Run(NamedTuple):
         """Whether the last epoch is there, whole: --max-steps may end a run inside it."""
         if self.last["epoch"] != self.options.get("epochs"):
             return False
-        if self.last["step"] != self.options.get("max_steps"):
-            return True
         first, last = self.epochs[min(self.epochs)], self.last
         if first is last:  # nothing tells how long an epoch is
-            return False
+            return last["step"] != self.options.get("max_steps")
         return last["step"] >= first["step"] / first["epoch"] * last["epoch"]
 
     @property
@@ -103,13 +102,14 @@ def read_run(path):
     options = {name: value for name, value in header["args"].items() if name not in left_out}
     if isinstance(header.get("classes"), list):
         options["classes"] = len(header["classes"])  # another data set, whatever its folder's name
-    for name in ("digest", "code"):  # of the training images' names; of a user's own files
-        if isinstance(header.get(name), str):
-            options[name] = header[name]
+    if isinstance(header.get("digest"), str):
+        options["digest"] = header["digest"]  # of the training images' names
+    if "code" in header:
+        options["code"] = header["code"] or "none"  # of a user's own files
     if isinstance(header.get("processes"), int):
         options["processes"] = header["processes"]  # each contrasts and normalises its own share
-    if options.get("method") != "lmcl":
-        options.pop("matching", None)  # logged, but nothing there is matched
+    if options.get("method") in UNMATCHED:
+        options.pop("matching", None)
     return Run(options, header["args"].get("seed"), epochs)
 
 
@@ -148,6 +148,10 @@ def group_runs(runs):
         for name, value in run.options.items():
             logged.setdefault(name, set()).add(as_text(value))
     several = [name for name, values in logged.items() if len(values) > 1]
+    codes = {(run.options.get("method"), run.options["code"]) for run in runs
+             if "code" in run.options}
+    if len(codes) == len(dict(codes)):  # one a method, which the method's name tells
+        several = [name for name in several if name != "code"]
     differing = ["method"] + [name for name in several if name not in ("method", "max_steps")]
     for run in runs:
         values = tuple(shared(run, name) for name in differing)

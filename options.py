@@ -121,6 +121,10 @@ def parse(description, argv=None, program="train.py"):
         stages = {known: architecture(known).stages for known in args.arch}
     except UserError as error:
         p.error(f"argument --arch: {error}")
+    for known in args.arch:
+        if "/" in known or "\\" in known:
+            p.error(f"argument --arch: {known} becomes part of a file's name: register it under "
+                    "a name without / and \\")
     if args.warmup >= args.epochs:
         p.error(f"argument --warmup: must be below --epochs, which is {args.epochs}")
     if args.num_nets != len(args.arch):

@@ -8,10 +8,8 @@ import sys
 
 # Where and how far a run goes, not what it computes: --resume lets these differ, the default
 # --out-dir leaves them out, compare.py pools over them.
-# detect.py and older logs have the last line.
 WHERE = {"device", "data_dir", "out_dir", "max_steps", "save_every", "resume", "cuda_graph",
-         "workers", "tensorboard", "model_file", "num_nets",
-         "evaluate", "predict", "checkpoint", "benchmark"}
+         "workers", "tensorboard", "model_file", "num_nets"}
 # What train.py did before it had the option, for logs and checkpoints that lack it.
 BEFORE = {"augment": "crop-flip", "validation_fraction": 0.0, "weights": None, "schedule": "cosine",
           "batches": "pairs", "contrast": "batch", "contrast_start": 0, "soft_ramp": 0.0,

@@ -79,7 +79,7 @@ def test_where_and_how_far_a_run_went_and_its_seed_make_no_group(tmp_path, capsy
     the log has the first command's, --resume went on to the end."""
     paths = [write_log(tmp_path / str(i), epoch(1, 4, 4), epoch(2, 5 + i, 5), seed=i,
                        **{name: 5 * i for name in WHERE}) for i in (0, 1)]
-    assert {"max_steps", "device", "out_dir", "data_dir", "resume", "evaluate"} <= WHERE
+    assert {"max_steps", "device", "out_dir", "data_dir", "resume"} <= WHERE
     _, (row,), _ = run(capsys, *paths)
     assert row["n (seeds)"] == "2 (0 1)" and row["epochs done"] == "2 of 2"
     assert not (WHERE | {"seed"}) & row.keys()
@@ -126,6 +126,36 @@ def test_matching_is_lmcls_alone_and_learned_in_a_log_from_before_the_option(tmp
     _, rows, _ = run(capsys, *paths)
     assert [(row["method"], row["matching"], row["n (seeds)"]) for row in rows] == [
         ("lmcl", "learned", "2 (0 1)"), ("lmcl", "uniform", "1 (2)"), ("mcl", "-", "2 (3 4)")]
+
+
+def test_an_own_method_derived_from_lmcl_keeps_its_matching(tmp_path, capsys):
+    paths = [write_log(tmp_path / matching, epoch(2, 5, 5), seed=i, method="mine",
+                       matching=matching) for i, matching in enumerate(("learned", "uniform"))]
+    _, rows, _ = run(capsys, *paths)
+    assert [(row["matching"], row["n (seeds)"]) for row in rows] == [
+        ("learned", "1 (0)"), ("uniform", "1 (1)")]
+
+
+def test_no_code_of_a_users_own_is_a_value_too(tmp_path, capsys):
+    """null where the program knew of own code and there was none; a log without the key joins."""
+    codes = [{"code": None}, {"code": "abc"}, {}]
+    stock, own, older = [write_log(tmp_path / str(i), epoch(2, 5, 5), seed=i, header=header)
+                         for i, header in enumerate(codes)]
+    _, rows, _ = run(capsys, stock, own)
+    assert [(row["code"], row["n (seeds)"]) for row in rows] == [
+        ("none", "1 (0)"), ("abc", "1 (1)")]
+    _, rows, _ = run(capsys, stock, older)
+    assert [row["n (seeds)"] for row in rows] == ["2 (0 2)"]
+    mine = write_log(tmp_path / "mine", epoch(2, 5, 5), method="mine", header={"code": "xyz"})
+    _, rows, _ = run(capsys, stock, mine)
+    assert [row["method"] for row in rows] == ["lmcl", "mine"] and "code" not in rows[0]
+
+
+def test_max_steps_of_the_first_command_that_a_later_one_changed(tmp_path, capsys):
+    """The second command had --max-steps 15, inside the last epoch: the log's header is older."""
+    _, (row,), _ = run(capsys, write_log(
+        tmp_path / "a", epoch(1, 4, 4), epoch(2, 5, 5) | {"step": 15}))
+    assert row["epochs done"] == "2 of 2, unfinished"
 
 
 def test_max_steps_at_the_end_is_an_end(tmp_path, capsys):

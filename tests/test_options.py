@@ -10,6 +10,7 @@ import detect
 import options
 import predict
 from methods import METHODS
+from support.architectures import ARCHITECTURES
 from support.arguments import WHERE
 
 
@@ -86,7 +87,7 @@ OWN = {"lmcl": CONTRAST | {"matching", "meta_freq", "meta_steps", "virtual_lambd
 def test_a_method_has_the_options_that_it_reads_and_no_others():
     assert OWN.keys() == METHODS.keys()
     shared = vars(parse("--method", "independent")).keys()
-    assert WHERE & shared and not shared & set.union(*OWN.values())
+    assert shared >= WHERE and not shared & set.union(*OWN.values())
     for name, own in OWN.items():
         assert vars(parse("--method", name)).keys() - shared == own, name
 
@@ -136,6 +137,14 @@ def test_every_option_keeps_its_rule(more, capsys):
     words = "invalid int value: 'ten'" if "ten" in more else "must be "
     assert end.value.code == 2 and error.count("\n") == 1
     assert error.startswith(f"train.py: error: argument {flag}: {words}")
+
+
+def test_a_student_whose_name_is_no_files(monkeypatch, capsys):
+    """Its file would be written at the very end."""
+    monkeypatch.setitem(ARCHITECTURES, "my/small", ARCHITECTURES["resnet8"])
+    with pytest.raises(SystemExit) as end:
+        parse("--arch", "resnet8", "my/small")
+    assert end.value.code == 2 and "--arch: my/small becomes part of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("parse, more", [
