@@ -275,7 +275,7 @@ def one_at_a_time(folder):
     with ExitStack() as stack:
         with suppress(OSError):  # a folder that cannot be written, or a file system without locks
             folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(folder / ".lock", "a"))
+            file = stack.enter_context(open(folder / ".download.lock", "a"))
             if fcntl:
                 fcntl.lockf(file, fcntl.LOCK_EX)
         yield

@@ -300,7 +300,7 @@ class Reader:
         stay = self.workers > 0 and get_start_method() != "fork"
         # a generator of its own: the program's draws do not depend on `workers`
         return DataLoader(Calls(self.read), sampler=[], batch_size=None, num_workers=self.workers,
-                          pin_memory=self.pin_memory, worker_init_fn=leave_group,
+                          pin_memory=self.pin_memory, worker_init_fn=outlive_signals,
                           generator=torch.Generator(), persistent_workers=stay)
 
 
@@ -328,8 +328,16 @@ def read_in_order(loader):
         reading = None  # ends the workers now, though a traceback may keep this frame
 
 
-def leave_group(worker):
-    """Ctrl-C and torchrun's SIGTERM go to a process group; a step that ends needs its workers."""
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # but SIGTERM, by which the program ends a worker
+def outlive_signals(worker):
+    """The step that a signal lets end needs its workers, whoever sends it to them, too.
+
+    Ctrl-C and torchrun reach a process group; pkill, a scheduler and systemd reach every process.
+    SIGTERM is also how the program ends a worker that hangs: it lives on for half a minute.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(os, "setpgid"):  # Windows
+        return
+    os.setpgid(0, 0)
+    for other in (signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(other, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))

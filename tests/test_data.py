@@ -874,9 +874,10 @@ def test_workers_leave_signals_to_the_program_and_a_killed_one_is_one_line(strea
     [worker] = set(multiprocessing.active_children()) - set(before)
     # what is sent to the program's group does not reach it
     assert os.getpgid(worker.pid) == worker.pid
-    os.kill(worker.pid, signal.SIGINT)
-    for _ in range(9):
-        next(batches)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
+        for _ in range(2):  # and what is sent to it, too, ends it no sooner than the step
+            os.kill(worker.pid, number)
+            next(batches)
     os.kill(worker.pid, signal.SIGKILL)
     os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
     time.sleep(0.01)  # nothing is raised here, in the middle of a step
@@ -955,7 +956,7 @@ def test_cifar_is_not_fetched_twice_at_once(stand_in, tmp_path, monkeypatch):
     pytest.importorskip("fcntl")
     name, cifar, *_ = stand_in
     code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    command = [sys.executable, "-c", code, tmp_path / ".lock"]
+    command = [sys.executable, "-c", code, tmp_path / ".download.lock"]
     other = lambda: subprocess.run(command, capture_output=True).returncode
     during, real = [], cifar.download
     monkeypatch.setattr(cifar, "download", lambda self: during.append(other()) or real(self))
