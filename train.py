@@ -44,7 +44,7 @@ def train(args, dataset, method, run):
     """The ordinary step on every batch, the second step on every n-th, evaluation every epoch."""
     ordinary_step, second_step = make_steps(args, dataset, method, run)
     for epoch in run.epochs():
-        run.set_lr(learning_rate(args, epoch))
+        run.set_lr(learning_rate(args, epoch, run.step / run.steps_per_epoch))
         method.start_epoch(epoch)
         for images, labels, index in run.timed(train_batches(args, dataset, run)):
             rows = method.bank.sample(index, epoch, run.step) if method.bank else None

@@ -29,12 +29,17 @@ class ImageError(UserError):
 
 def say(text):
     """Print to standard output. A reader that has gone (| head) or a full disk ends no run."""
-    if sys.stderr.isatty():
+    if on_terminal():
         show_line("")  # progress gives way
     try:
         print(text, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer goes there too
+
+
+def on_terminal():
+    """Whether progress has a line to be shown on; Python has no sys.stderr after 2>&-."""
+    return bool(sys.stderr and sys.stderr.isatty())
 
 
 def warn(text):

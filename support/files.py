@@ -143,6 +143,14 @@ def load_checkpoint(path, device="cpu"):
     return state
 
 
+def best_epoch_of(path):
+    """best_epoch in a checkpoint, whose tensors stay on the disk; None if it cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["best_epoch"]
+    except Exception:  # torch names no class for files that it does not understand
+        return None
+
+
 def load_into(module, state, path):
     """module.load_state_dict(state). Raises UserError if the file at path has other networks."""
     try:

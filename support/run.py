@@ -18,8 +18,15 @@ from PIL import Image
 from torch.utils._pytree import tree_map
 
 from support.arguments import BEFORE, WHERE
-from support.console import ImageError, Interrupted, UserError, say, show_line
-from support.files import CHECKPOINT_FORMAT, load_checkpoint, load_into, save_checkpoint, write
+from support.console import ImageError, Interrupted, UserError, on_terminal, say, show_line
+from support.files import (
+    CHECKPOINT_FORMAT,
+    best_epoch_of,
+    load_checkpoint,
+    load_into,
+    save_checkpoint,
+    write,
+)
 from support.processes import device_name
 
 try:
@@ -46,6 +53,9 @@ class OutDir:
         found = [p for p in (last, previous) if os.path.exists(p)]  # Path.exists may raise
         self.seen = self.last_written()
         if not found:
+            if any(self.path.glob("student_*.pt")):
+                raise UserError(f"--out-dir {self} holds the students and the log of a run that "
+                                "has ended, without its last.pt: give another one")
             return None
         if not args.resume:
             raise UserError(f"--out-dir {self} holds a run already: --resume goes on with it, "
@@ -234,12 +244,15 @@ class Run:
         if int(self.finite_steps) < self.step:
             bad = [name for name, part in parts.items() if not part.isfinite().all()]
             bad = ", ".join(name for name in bad if name != "loss") or "loss"
-            kept = self.out / "last.pt"
-            last = f"{kept} is from before that" if kept.exists() else "nothing was saved yet"
             step = self.total_steps - self.step + int(self.finite_steps) + 1
             raise UserError(f"{bad} became infinite or NaN at step {step}: try a smaller --lr; "
-                            f"{last}")
+                            f"{self.what_is_kept()}")
         return {name: part.view(shapes[name]).tolist() for name, part in parts.items()}
+
+    def what_is_kept(self):
+        """After an error, in words."""
+        last = self.out / "last.pt"
+        return f"{last} is from before that" if last.exists() else "nothing was saved yet"
 
     def after_step(self):
         """Progress, --save-every and signals."""
@@ -284,7 +297,7 @@ class Run:
     def show_progress(self, doing="", every=1.0):
         """One line on a terminal, at most one a second; nothing into a pipe."""
         now = time.perf_counter()
-        if not (self.is_main and sys.stderr.isatty()) or now - self.last_shown < every:
+        if not (self.is_main and on_terminal()) or now - self.last_shown < every:
             return
         self.last_shown = now
         epoch = f"epoch {self.epoch + 1}/{self.args.epochs}"
@@ -306,6 +319,9 @@ class Run:
         if found:
             self.load(found)
             found.clear()  # its tensors are not needed twice
+        if not self.processes.all_equal(self.total_steps):
+            raise UserError(f"not all processes found the same {self.out / 'last.pt'}: --out-dir "
+                            "must be one folder that all of them see")
         self.say_where_it_starts()
         self.write_log()
 
@@ -393,7 +409,10 @@ class Run:
         best.pt comes first: a run killed in between redoes the epoch. Every process calls.
         """
         if self.step:
-            self.stop_clock()  # which also sees that nothing is saved that is not finite
+            self.stop_clock()  # which also sees that the terms are finite
+        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+            raise UserError("a weight became infinite or NaN by step "
+                            f"{self.total_steps}: try a smaller --lr; {self.what_is_kept()}")
         alone = self.processes.size == 1
         if not (alone or self.processes.all_equal(fingerprint(self.model))):
             raise UserError("the processes' copies of the model differ: nothing was saved, "
@@ -425,8 +444,10 @@ class Run:
         if any(latest[name] != here[name] for name in ("torch", "device")):
             moved = dict(after_step=self.total_steps, torch=here["torch"], device=here["device"])
             header["resumed"] = [*header.get("resumed", []), moved]
-        if self.is_main and not self.best_epoch:  # killed between the first best.pt and its last.pt
-            (self.out / "best.pt").unlink(missing_ok=True)
+        best = self.out / "best.pt"
+        if self.is_main and best.exists() and best_epoch_of(best) != self.best_epoch:
+            best.unlink()  # killed before its last.pt came, or went back to previous.pt
+            self.best, self.best_epoch = -1.0, 0
 
 
 def copied(x):

@@ -33,6 +33,7 @@ from support.console import (
     Signals,
     UserError,
     one_line_errors,
+    say,
     shorten,
     show_line,
 )
@@ -356,6 +357,13 @@ def test_a_broken_pipe_does_not_end_a_run():
         assert done.returncode == 0 and done.stderr == b"alive\n"
 
 
+def test_standard_error_that_is_closed(capsys, monkeypatch):
+    """After 2>&- Python has no sys.stderr."""
+    monkeypatch.setattr(sys, "stderr", None)
+    say("said")
+    assert capsys.readouterr().out == "said\n"
+
+
 def test_words_that_fit(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "9")
     show_line("0123456789")
@@ -461,6 +469,69 @@ def test_a_term_that_is_not_finite_is_named_with_its_step(tmp_path, spoiled, wor
         assert f"{words} became infinite or NaN at step 5: try a smaller --lr; " in str(error.value)
         assert str(error.value).endswith(f"{tmp_path / 'last.pt'} is from before that")
     assert results(tmp_path) == before
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The terms are from before the update that spoiled them."""
+    run = make_run(tmp_path)
+    run.add({"loss": torch.tensor(1.0)}, images=2)
+    run.save()
+    before = results(tmp_path)
+    run.add({"loss": torch.tensor(1.0)}, images=2)
+    for value in ("nan", "inf"):
+        run.model.weight.data.fill_(float(value))
+        with pytest.raises(UserError, match="a weight became infinite or NaN by step 2: try a "
+                                            "smaller --lr; .*last.pt is from before that"):
+            run.save()
+        assert results(tmp_path) == before
+
+
+@pytest.mark.parametrize("score, best", [(2.0, (2.0, 2)), (9.0, (9.0, 2))])
+def test_a_best_pt_of_an_epoch_that_is_done_again(tmp_path, score, best):
+    """Killed between best.pt and last.pt; on another machine the epoch may end otherwise.
+
+    The best that the run names is the one in best.pt.
+    """
+    run = make_run(tmp_path, epochs=3, resume=True)
+
+    def epoch(score):
+        for _ in range(3):
+            run.add({"loss": torch.tensor(1.0)}, images=2)
+        with run.evaluating():
+            pass
+        run.end_epoch(run.epoch_line(), score)
+
+    epoch(5.0)
+    run.begin(files.load_checkpoint(tmp_path / "last.pt"))
+    assert (tmp_path / "best.pt").exists() and (run.best, run.best_epoch) == (5.0, 1)
+    epoch(7.0)
+    os.replace(tmp_path / "previous.pt", tmp_path / "last.pt")
+    run.begin(files.load_checkpoint(tmp_path / "last.pt"))
+    epoch(score)
+    kept = files.load_checkpoint(tmp_path / "best.pt")
+    assert (run.best, run.best_epoch) == (kept["best"], kept["best_epoch"]) == best
+
+
+def test_processes_that_found_other_checkpoints(tmp_path, monkeypatch):
+    """--out-dir is a folder that only one of two machines sees."""
+    run = make_run(tmp_path)
+    monkeypatch.setattr(Processes, "gather_objects", lambda self, value: [value, 3])
+    with pytest.raises(UserError, match="not all processes found the same .*last.pt: --out-dir"):
+        run.begin(None)
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_the_log_of_a_run_that_has_ended_is_not_written_over(run, capsys):
+    """Its large files were removed; its students and log are what it was run for."""
+    run("--method", "independent", "--num-nets", 1, epochs=1)
+    for path in Path("out").glob("*t.pt"):  # last, best
+        path.unlink()
+    before = results("out")
+    for more in ([], ["--resume"]):
+        with pytest.raises(SystemExit):
+            run("--method", "independent", "--num-nets", 1, *more, epochs=1)
+        assert "of a run that has ended, without its last.pt: give" in capsys.readouterr().err
+    assert results("out") == before
 
 
 def test_the_rate_goes_to_sgd_and_to_whoever_reads_it(tmp_path):

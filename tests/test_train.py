@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import json
 import math
 import os
@@ -119,6 +120,23 @@ def test_warmup_is_linear_by_the_step_and_the_schedule_follows(run, monkeypatch)
     run("--warmup", 2, "--method", "independent", "--schedule", "multistep", "--milestones", 2,
         out="drops", epochs=3)
     assert rates == pytest.approx([0.1 * step / 6 for step in range(1, 7)] + [0.01] * 3)
+
+
+def test_a_stop_after_the_last_step_of_a_warm_up_epoch(run, monkeypatch):
+    flags, steps = ["--method", "independent", "--warmup", 1, "--num-nets", 1], itertools.count(1)
+    run(*flags, out="whole")
+    after_step = runs.Run.after_step
+
+    def stopped(self):
+        if next(steps) == 3:  # of three an epoch
+            self.signals.name = "SIGTERM"
+        after_step(self)
+
+    monkeypatch.setattr(runs.Run, "after_step", stopped)
+    with pytest.raises(SystemExit):
+        run(*flags)
+    run(*flags, "--resume")
+    assert_same("whole", "out")
 
 
 def test_the_log_holds_means_over_the_epoch(run, monkeypatch):
