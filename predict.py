@@ -23,6 +23,7 @@ import argparse
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -161,10 +162,10 @@ def load_contents(path, model_file=None):
                         "give it here, too")
     cohort, contents = models.Cohort(run_args.arch, len(state["classes"]), branches=False), []
     for a, (architecture, student) in enumerate(zip(run_args.arch, cohort.students, strict=True)):
-        # of methods with embeddings: "students.cohort." + prefix
-        prefix = f"students.{a}.backbone."
-        tensors = state["model"].items()
-        own = {key.split(prefix)[1]: tensor for key, tensor in tensors if prefix in key}
+        # a method with embeddings has a cohort in its students; an own one may hold copies of both
+        place = re.compile(rf"students\.(cohort\.)?students\.{a}\.backbone\.(.*)")
+        found = {key: place.fullmatch(key) for key in state["model"]}
+        own = {match[2]: state["model"][key] for key, match in found.items() if match}
         load_into(student.backbone, own, path)
         contents.append(student_file(student.backbone, architecture, state))
     return contents, run_args

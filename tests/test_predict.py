@@ -1,5 +1,6 @@
 """predict.py: pictures, evaluation and export of student files, last.pt and best.pt."""
 
+import copy
 import functools
 import importlib
 import os
@@ -166,6 +167,27 @@ def test_scores_of_a_streamed_run(use, run, images):
     assert use("--student", "out/student_2_small.pt", *folder, "--data-dir", images) == [second]
     line, = use("--student", "out/student_1_small.pt", images / "test/class3/9.png")
     assert line.count("class") == 6
+
+
+class Average(methods.Method):
+    """A copy of the students that stays as drawn, as an average of them would lag behind."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.mean_students = copy.deepcopy(self.students).requires_grad_(False)
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_a_copy_of_the_students_in_a_method_is_not_taken_for_them(
+        run, monkeypatch, embeddings):
+    monkeypatch.setitem(methods.METHODS, "average", Average)
+    monkeypatch.setattr(Average, "embeddings", embeddings)
+    run("--method", "average", "--num-nets", 2, epochs=1)
+    contents, _ = predict.load_contents("out/last.pt")
+    for a, content in enumerate(contents, start=1):
+        own = torch.load(f"out/student_{a}_small.pt")["state_dict"]
+        assert content["state_dict"].keys() == own.keys()
+        assert all(torch.equal(content["state_dict"][key], own[key]) for key in own)
 
 
 # ---------------------------------------------------------------- export
