@@ -44,7 +44,8 @@ class SecondStep(NamedTuple):
 
     name   for the progress line
     every  after each so-many-th step
-    network, optimizer(parameters, **sgd)  what is trained, and how
+    network, optimizer(parameters, **sgd)  what is trained, and how: a part of the method; SGD and
+           AdamW follow the schedule, in proportion to the rates that they begin at
     first  the first epoch that has them
     step(optimizer, lr, average, images, labels, rows, outputs)
            lr: the present rate; average: mean over processes of a flat vector, or None for one
@@ -496,3 +497,7 @@ def check_second(method):
     if not isinstance(second.every, int) or second.every < 1:
         raise UserError(f"{name} is made after every {second.every!r} steps: "
                         "it must be a whole number from 1 on")
+    own = set(method.parameters())
+    if not all(p in own for p in network.parameters()):
+        raise UserError(f"{name} trains a network that is no part of the method, so nothing saves "
+                        "it: assign it first, self.NAME = network")

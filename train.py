@@ -30,13 +30,13 @@ import models
 import options
 from methods import METHODS, check_second
 from support import seeds
-from support.console import Signals, UserError, one_line_errors, say
+from support.console import Signals, UserError, one_line_errors, say, shorten
 from support.cuda_graphs import CUDAGraphs, check_graphs, draws_random_numbers
 from support.files import load_pretrained, student_file, torch_bytes, write
 from support.picture import matching_picture
 from support.processes import Processes, be_deterministic, device_name, pick_device
 from support.run import OutDir, Run, fill_gradients, own_code
-from support.terms import as_logged, check_terms
+from support.terms import as_logged, check_terms, unreached
 
 # ---------------------------------------------------------------- the algorithm
 
@@ -202,14 +202,16 @@ def build(args, dataset, resumed=False):
         _, taken = load_pretrained(method.cohort.students[a].backbone, args.arch[a], path)
         dataset.notes.append(f"weights {path}: {taken}")
     models.count_no_batches(method)
-    return method.to(args.device, memory_format=torch.channels_last)
+    for module in method.to(args.device).modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+    return method
 
 
-@torch.no_grad()
 def formula(args, method):
-    """The loss in words, from the terms of two black images.
+    """The loss in words, and the names of parameters that it does not reach, of two black images.
 
-    Raises UserError for wrong ones, or a wrong `second`.
+    Raises UserError for wrong terms, or a wrong `second`.
     """
     images = torch.zeros(2, 3, args.image_size, args.image_size, device=args.device)
     labels = torch.zeros(2, dtype=torch.int64, device=args.device)
@@ -218,15 +220,18 @@ def formula(args, method):
     terms = method.eval().terms(method(images), labels, rows)
     check_terms(method, terms)
     weights = {name: weight for name, (weight, _) in terms.items() if weight is not None}
-    words = [name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items()]
+    number = lambda weight: float(torch.as_tensor(weight).detach())
+    words = [name if weight == 1 else f"{number(weight):g} {name}"
+             for name, weight in weights.items()]
     options = dict(T=method.T) if method.T else {}
     options |= {name: vars(args)[name] for name in ("tau", "T", "contrast") if name in vars(args)}
     own = [f"{name} {value}" for name, value in options.items()]
-    return " + ".join(words) + ("; " + ", ".join(own) if own else "")
+    words = " + ".join(words) + ("; " + ", ".join(own) if own else "")
+    return words, unreached(method, terms)
 
 
-def report(args, dataset, method, run, loss_in_words):
-    """What will be trained, on what, by which loss, for how long."""
+def report(args, dataset, method, run, loss):
+    """What will be trained, on what, by which loss, for how long. loss: `formula`'s."""
     size, students = args.image_size, method.cohort.students
     for a, (name, student) in enumerate(zip(args.arch, students, strict=True), start=1):
         own, adds = models.cost(student.backbone, size)
@@ -243,6 +248,7 @@ def report(args, dataset, method, run, loss_in_words):
         say(f"           {note}")
     several = f"{run.processes.size} x " if run.processes.size > 1 else ""
     say(f"device     {several}{device_name(args.device)}, torch {torch.__version__}")
+    loss_in_words, lost = loss
     say(f"loss       {args.method}: {loss_in_words}")
     if schedule := method.schedule():
         say(f"           {schedule}")
@@ -262,6 +268,9 @@ def report(args, dataset, method, run, loss_in_words):
     if len(students) == 1 and method.mutual:
         say(f"warning    one student has no peers: what {args.method} adds to cross-entropy is 0, "
             "or its own")
+    elif lost:
+        say(f"warning    no term of the loss reaches {shorten(lost, 3)}: weight decay alone moves "
+            "them; requires_grad_(False) keeps them as they are")
     second, end = method.second, min(total, args.max_steps or total)
     last_due = end // second.every * second.every if second else 0
     if second and last_due <= second.first * run.steps_per_epoch:
@@ -295,12 +304,12 @@ def main(argv=None):
             dataset.check_classes(found["classes"], out / "last.pt", args.data_dir)
         method = build(args, dataset, resumed=bool(found))
         method.check()
-        loss_in_words = formula(args, method)
+        loss = formula(args, method)
         with Signals("train.py", processes) as signals:
-            start(args, out, found, dataset, method, loss_in_words, processes, signals)
+            start(args, out, found, dataset, method, loss, processes, signals)
 
 
-def start(args, out, found, dataset, method, loss_in_words, processes, signals):
+def start(args, out, found, dataset, method, loss, processes, signals):
     """Connect the processes, go on from what was found, train, and leave each student as a file."""
     if processes.rank == 0:
         out.open()
@@ -312,7 +321,7 @@ def start(args, out, found, dataset, method, loss_in_words, processes, signals):
               steps_per_epoch=dataset.steps_per_epoch(args.batch_size),
               images_per_epoch=len(dataset.train_labels), processes=processes, signals=signals)
     if run.is_main:
-        report(args, dataset, method, run, loss_in_words)
+        report(args, dataset, method, run, loss)
     run.begin(found)
     with run.saving():
         train(args, dataset, method, run)

@@ -35,6 +35,9 @@ except ImportError:  # Windows: an --out-dir is not locked there
     fcntl = None
 
 
+FOLLOW = (torch.optim.SGD, torch.optim.AdamW)
+
+
 class OutDir:
     """The folder of one run: made, and locked so that two runs never share it."""
 
@@ -141,8 +144,12 @@ class Run:
         self.is_main = processes.rank == 0  # process 0 alone prints, writes and draws
         self.board = board_writer() if getattr(args, "tensorboard", False) else None
         graphs = getattr(args, "cuda_graph", False)  # they read a tensor
-        self.lr = torch.tensor(args.lr, device=args.device) if graphs else args.lr
-        self.logged_lr = args.lr
+        # SGD and AdamW follow the rate, each group in its share of it; afd's Adam has its own
+        self.shares = [[group["lr"] / args.lr for group in optimizer.param_groups]
+                       for optimizer in optimizers if isinstance(optimizer, FOLLOW)]
+        as_read = lambda lr: torch.tensor(lr, device=args.device) if graphs else lr
+        self.rates = {share: as_read(args.lr * share) for share in {1, *sum(self.shares, [])}}
+        self.lr, self.logged_lr = self.rates[1], args.lr
         self.epoch = self.step = self.total_steps = 0  # the next epoch and step in it, steps done
         self.best, self.best_epoch = -1.0, 0  # best mean score over epochs
         self.best_state = None  # of an epoch that best.pt does not hold yet
@@ -181,14 +188,14 @@ class Run:
         self.clock = time.perf_counter()
 
     def set_lr(self, lr):
-        """lr: a float, for the SGD and AdamW optimizers and for whoever reads self.lr."""
-        self.logged_lr = lr
-        self.lr = self.lr.fill_(lr) if torch.is_tensor(self.lr) else lr
-        for optimizer in self.optimizers:
-            # afd's Adam has its own
-            if isinstance(optimizer, (torch.optim.SGD, torch.optim.AdamW)):
-                for group in optimizer.param_groups:
-                    group["lr"] = self.lr
+        """lr: a float, for the optimizers that FOLLOW and for whoever reads self.lr."""
+        for share, rate in self.rates.items():
+            self.rates[share] = rate.fill_(lr * share) if torch.is_tensor(rate) else lr * share
+        self.lr, self.logged_lr = self.rates[1], lr
+        following = [optimizer for optimizer in self.optimizers if isinstance(optimizer, FOLLOW)]
+        for optimizer, shares in zip(following, self.shares, strict=True):
+            for group, share in zip(optimizer.param_groups, shares, strict=True):
+                group["lr"] = self.rates[share]
 
     @property
     def steps_left(self):

@@ -26,11 +26,30 @@ def check_terms(method, terms):
         if not (weight is None or is_scalar or isinstance(weight, (int, float))):
             raise UserError(f"{name}: the weight of {term!r} is a {type(weight).__name__}: "
                             f"it must be {form}")
+        if term == "matching" and torch.is_tensor(value) and value.dim() != 4:
+            raise UserError(f"{name}: 'matching' is drawn, as lambda [N, L, N, L]: give a term "
+                            "of another form another name")
         if not torch.is_tensor(value) or (weight is not None and value.dim()):
             raise UserError(f"{name}: the value of {term!r} is no tensor with one number: "
                             f"it must be {form}")
     if all(weight is None for weight, _ in terms.values()):
         raise UserError(f"{name} has no weight but None, so nothing is trained")
+
+
+def unreached(method, terms):
+    """Names of the parameters that the ordinary step would train, and no term reaches.
+
+    terms: {name: (weight, value)}, with their graph. Raises UserError where none reaches any.
+    """
+    others = set(method.second.network.parameters()) if method.second else set()
+    named = {name: p for name, p in method.named_parameters()
+             if p.requires_grad and p not in others}
+    loss = sum(weight * value for weight, value in terms.values() if weight is not None)
+    if not loss.requires_grad:
+        raise UserError(f"{type(method).__name__}.terms: no term with a weight depends on a "
+                        "parameter, so nothing is trained")
+    gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return [name for name, found in zip(named, gradients, strict=True) if found is None]
 
 
 def as_logged(loss, terms):

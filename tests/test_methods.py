@@ -8,6 +8,7 @@ import linecache
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from methods import METHODS, Method, SecondStep
 from support.console import UserError
 from support.processes import Processes
 from support.run import Run
-from support.terms import as_logged, check_terms
+from support.terms import as_logged, check_terms, unreached
 from test_losses import bank_columns, batch_columns, naive_lmcl, naive_mcl
 from test_meta import distance, gradients, runner, unrolled
 from tools.benchmark import operations
@@ -542,7 +543,8 @@ def test_an_edited_method_is_another_one(run, capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize(("second", "words"), [
     (lambda: "step", "is a str"), (lambda: SecondStep("s", 1, None, print), "has no network"),
     (lambda: SecondStep("s", 1, torch.nn.ReLU(), print), "has no network with parameters"),
-    (lambda: SecondStep("s", 0, torch.nn.Linear(1, 1), print), "is made after every 0 steps")])
+    (lambda: SecondStep("s", 0, torch.nn.Linear(1, 1), print), "is made after every 0 steps"),
+    (lambda: SecondStep("s", 1, torch.nn.Linear(1, 1), print), "trains a network that is no part")])
 def test_a_wrong_second_step_is_said_at_the_start(kdcl, run, monkeypatch, capsys, second, words):
     true = KDCL.__init__
     monkeypatch.setattr(KDCL, "__init__",
@@ -636,6 +638,7 @@ ONE = torch.ones(())
     ({"ce": (None, ONE), "kd": (None, ONE)}, "no weight but None"),
     ({"ce": (1, ONE), "step": (None, ONE)}, "another use for 'step'"),
     ({"loss": (1, ONE)}, "another use for 'loss'"),
+    ({"ce": (1, ONE), "matching": (None, ONE)}, "'matching' is drawn"),
     ({"my_top1": (1, ONE)}, "another use for 'my_top1'")])
 def test_wrong_terms_are_one_line(kdcl, terms, words):
     method, *_ = make("kdcl", arch=["small"])
@@ -648,6 +651,54 @@ def test_wrong_terms_are_one_line(kdcl, terms, words):
 def test_right_terms(kdcl):
     method, *_ = make("kdcl", arch=["small"])
     check_terms(method, {"ce": (1, ONE), "kd": (0.5, ONE), "seen": (None, torch.ones(2, 3))})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_loss_of_every_method_reaches_all_that_it_trains(name):
+    method, x, y = make(name)
+    assert unreached(method, method.terms(method(x), y, None)) == []
+
+
+class Odd(Method):
+    """A learned weight, a table of five axes, a teacher that only no_grad protects."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.share = torch.nn.Parameter(torch.tensor(0.5))
+        self.table = torch.nn.Parameter(torch.ones(1, 2, 1, 2, 3))
+        self.teacher = torch.nn.Linear(1, 1)
+
+    def terms(self, outputs, labels, rows):
+        with torch.no_grad():
+            self.teacher(torch.ones(1, 1))
+        terms = super().terms(outputs, labels, rows)
+        return terms | {"kd": (self.share, self.table.square().mean())}
+
+
+def test_convolutions_alone_are_channels_last(monkeypatch):
+    monkeypatch.setitem(METHODS, "odd", Odd)
+    args = options.parse("", ["--method", "odd", "--arch", *SMALL])
+    args.device = torch.device("cpu")
+    dataset = SimpleNamespace(classes="abc", train_labels=torch.zeros(2))
+    built = train.build(args, dataset)
+    weights = [m.weight for m in built.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert weights and all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    assert built.table.is_contiguous()
+
+
+def test_what_no_term_reaches_is_said_at_the_start(run, monkeypatch, capsys):
+    """Weight decay would shrink it, step by step."""
+    monkeypatch.setitem(METHODS, "odd", Odd)
+    run("--method", "odd", "--max-steps", 1)
+    printed = capsys.readouterr().out
+    assert "loss       odd: ce + 0.5 kd\n" in printed
+    assert ("warning    no term of the loss reaches teacher.weight, teacher.bias: weight decay "
+            "alone moves them; requires_grad_(False) keeps" in printed)
+    method, x, y = make("odd")
+    method.teacher.requires_grad_(False)
+    assert unreached(method, method.terms(method(x), y, None)) == []
+    with pytest.raises(UserError, match="^Odd.terms: no term with a weight depends on a param"):
+        unreached(method, {"ce": (1, ONE)})
 
 
 def test_a_run_ends_before_it_starts_where_a_method_gives_wrong_terms(kdcl, fails, monkeypatch):

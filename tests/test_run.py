@@ -545,9 +545,35 @@ def test_the_rate_goes_to_sgd_and_to_whoever_reads_it(tmp_path):
     assert (graphs.lr is tensor is graphs.optimizers[0].param_groups[0]["lr"]
             and tensor == torch.tensor(0.02))
     assert graphs.logged_lr == 0.02
-    run.optimizers[1] = torch.optim.AdamW(run.model.parameters(), 0.3)
-    run.set_lr(0.03)
-    assert [o.param_groups[0]["lr"] for o in run.optimizers] == [0.03, 0.03]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_groups_and_an_own_adamw_follow_in_proportion(tmp_path, graphs):
+    """In a resumed run, too, whose checkpoint has the rates of its step."""
+    def make(out):
+        run = make_run(tmp_path / out, cuda_graph=graphs, resume=True)
+        weight = lambda: torch.nn.Parameter(torch.ones(1))
+        groups = [dict(params=[weight()]), dict(params=[weight()], lr=0.01)]
+        run = Run(run.args, run.out, run.model,
+                  [torch.optim.SGD(groups, 0.1), torch.optim.AdamW([weight()], 0.2)],
+                  metadata=run.metadata, steps_per_epoch=3, images_per_epoch=6,
+                  processes=run.processes, signals=run.signals)
+        rates = lambda: [float(group["lr"]) for o in run.optimizers for group in o.param_groups]
+        return run, rates
+
+    run, rates = make("first")
+    run.set_lr(0.05)
+    assert rates() == pytest.approx([0.05, 0.005, 0.1])
+    run.save()
+    again, rates = make("second")
+    again.begin(files.load_checkpoint(tmp_path / "first/last.pt"))
+    assert rates() == pytest.approx([0.05, 0.005, 0.1])
+    again.set_lr(0.02)
+    assert rates() == pytest.approx([0.02, 0.002, 0.04])
+    kept = [group["lr"] for o in again.optimizers for group in o.param_groups]
+    again.set_lr(0.01)
+    if graphs:  # a captured step reads the same tensors
+        assert [float(lr) for lr in kept] == rates() == pytest.approx([0.01, 0.001, 0.02])
 
 
 def test_adam_is_told_of_cuda_graphs_in_a_resumed_run_too(tmp_path):
