@@ -110,8 +110,9 @@ def run_part(title, module, x, form="a map [B, c, h, w]"):
     except Exception as error:  # a user's module raises what it likes
         what = "a map" if x.dim() == 4 else "features"
         raise UserError(f"{title} fails on {what} {list(x.shape)}: {first_line(error)}") from error
-    if y.dim() != form.count(",") + 1:
-        raise UserError(f"{title} gives {list(y.shape)}, should give {form}")
+    if not torch.is_tensor(y) or y.dim() != form.count(",") + 1:
+        found = list(y.shape) if torch.is_tensor(y) else f"a {type(y).__name__}"
+        raise UserError(f"{title} gives {found}, should give {form}")
     return y
 
 
@@ -134,7 +135,7 @@ class Cohort(nn.Module):
             stages = [f"{name}: {a.stages}" for name, a in zip(self.names, found, strict=True)]
             raise UserError("students of one cohort must have the same number of stages, got "
                             + (", ".join(stages) or "none"))
-        self.stages = found[0].stages if branches else 1
+        self.stages, self.num_classes = found[0].stages if branches else 1, num_classes
         self.students = nn.ModuleList(Student(Backbone(a, num_classes)) for a in found)
         for student, a in zip(self.students, found, strict=True):
             numbers = range(1, a.stages) if branches else ()
@@ -154,7 +155,7 @@ class Cohort(nn.Module):
         with evaluation(self):
             found = zip(self.names, self.widths, self.students, strict=True)
             for name, width, student in {name: (name, *rest) for name, *rest in found}.values():
-                check_student(name, width, student, images, trial)
+                check_student(name, width, self.num_classes, student, images, trial)
 
     def last_maps(self, x):
         """The backbones alone: the last maps, N of [B, c_a, h_a, w_a], and logits [N, 1, B, C]."""
@@ -187,7 +188,7 @@ def streams(device, count):
     return [torch.cuda.Stream(device) for _ in range(count)]
 
 
-def check_student(name, width, student, images, trial):
+def check_student(name, width, num_classes, student, images, trial):
     """Run each part of the backbone and of each branch. Raises UserError where one does not fit."""
     backbone = student.backbone
     parts = ["stem", *(f"stage {s + 1}" for s in range(len(backbone.stages))), "tail"]
@@ -205,7 +206,10 @@ def check_student(name, width, student, images, trial):
         feature = run("pooling", network.pool, x, "features [B, d]")
         if feature.shape[1] != width:
             raise UserError(f"student {name!r}: width is {width}, should be {feature.shape[1]}")
-        run("classifier", network.classifier, feature, "logits [B, C]")
+        logits = run("classifier", network.classifier, feature, "logits [B, C]")
+        if logits.shape[1] != num_classes:
+            raise UserError(f"student {name!r}: its classifier is for {logits.shape[1]} classes, "
+                            f"should be for {num_classes}: build takes num_classes")
 
 
 def count_no_batches(module):

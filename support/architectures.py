@@ -311,13 +311,18 @@ class ExistingNetwork:
         return [[modules[name] for name in section] for section in self.sections]
 
     def measure(self, network):
-        """Find the width, and for each stage which blocks a branch keeps, from one black image."""
-        stem, *stages, tail, pool, _ = self.find(network)
-        x, kept = next(network.parameters()).new_zeros(1, 3, 64, 64), []
+        """Find the width, and for each stage which blocks a branch keeps, from one image.
+
+        Raises UserError where the parts in a row give other logits than the network.
+        """
+        stem, *stages, tail, pool, classifier = self.find(network)
+        image, kept = next(network.parameters()).new_ones(1, 3, 64, 64), []
+        image = image.cumsum(-1).sin()
         network.eval()
         try:
             with torch.no_grad():
-                x = in_a_row(stem)(x)
+                logits = network(image)
+                x = in_a_row(stem)(image)
                 for stage in stages:
                     keep, before = [], None
                     for block in blocks_of(stage):
@@ -326,9 +331,14 @@ class ExistingNetwork:
                         before = type(block)
                     kept.append(keep)
                 x = in_a_row([*tail, *(pool or [Mean()])])(x).flatten(1)
+                same = x.is_meta or torch.allclose(in_a_row(classifier)(x), logits, 1e-3, 1e-4)
         except Exception as error:  # a user's module raises what it likes
             raise UserError(f"the parts of {type(network).__name__} do not run in a row on 64 "
                             f"pixels: {first_line(error)}") from error
+        if not same:
+            raise UserError(f"the parts of {type(network).__name__} in a row give other logits "
+                            "than the network: its forward does what its layout leaves out, as a "
+                            "ReLU or a pooling; name a module that does it")
         network.train()
         self.measured = x.shape[1], kept
 

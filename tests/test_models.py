@@ -337,6 +337,42 @@ def test_the_readmes_network_of_torchvision(own):
     models.Cohort(["densenet121", "little_swin"], 3).check(32)
 
 
+class Forgetful(nn.Module):
+    """Its forward has a ReLU that no module is."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.head = nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        return self.head(self.b(F.relu(self.a(x))).mean((2, 3)))
+
+
+def test_a_layout_that_is_another_network_than_its_own(monkeypatch):
+    row = ExistingNetwork(Forgetful, "| a | b | | head")
+    monkeypatch.setitem(ARCHITECTURES, "forgetful", row)
+    with pytest.raises(UserError, match="the parts of Forgetful in a row give other logits"):
+        models.Cohort(["forgetful"], 3)
+    monkeypatch.setattr(F, "relu", lambda x: x)
+    models.Cohort(["forgetful"], 3).check(16)
+
+
+def test_a_classifier_of_other_classes_and_a_stage_of_two_maps(monkeypatch):
+    class Twice(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    fixed = ExistingNetwork(lambda num_classes: Forgetful(10), "| a | b | | head", width=4)
+    monkeypatch.setitem(ARCHITECTURES, "fixed", fixed)
+    with pytest.raises(UserError, match="its classifier is for 10 classes, should be for 3"):
+        models.Cohort(["fixed"], 3).check(16)
+    cohort = models.Cohort(["resnet8"], 3)
+    cohort.students[0].backbone.stages[1] = Twice()
+    with pytest.raises(UserError, match="stage 2 gives a tuple, should give a map"):
+        cohort.check(16)
+
+
 def test_students_of_ones_own(own):
     own(OWN)
     cohort = models.Cohort(["own", "net"], 5).train()
