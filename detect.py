@@ -40,7 +40,7 @@ from support.coco import load_splits
 from support.console import Signals, UserError, one_line_errors, say, shorten
 from support.images import pictures
 from support.processes import Processes, be_deterministic, device_name, pick_device
-from support.run import OutDir, Run, fill_gradients
+from support.run import OutDir, Run, fill_gradients, own_code
 
 try:
     from pycocotools import cocoeval
@@ -147,9 +147,9 @@ class Resizing(GeneralizedRCNNTransform):
 class FPN(torch.nn.Module):
     """A feature pyramid over the maps of a backbone's four stages, of strides 4, 8, 16, 32."""
 
-    def __init__(self, backbone):
+    def __init__(self, backbone, frozen=()):
         super().__init__()
-        self.body, self.out_channels = backbone, WIDTH
+        self.body, self.out_channels, self.frozen = backbone, WIDTH, list(frozen)
         with models.evaluation(backbone):
             maps = backbone.maps(torch.zeros(1, 3, 128, 128))
         strides = [128 / m.shape[-1] for m in maps]
@@ -157,6 +157,13 @@ class FPN(torch.nn.Module):
             raise UserError("detection wants stages at strides 4, 8, 16 and 32; this student's "
                             f"have {', '.join(f'{stride:g}' for stride in strides)}")
         self.pyramid = FeaturePyramidNetwork([m.shape[1] for m in maps], WIDTH, LastLevelMaxPool())
+
+    def train(self, mode=True):
+        """Frozen parts stay in eval mode: their stochastic depth, too, stays as it is."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
 
     def forward(self, x):
         """[B, 3, H, W] -> five maps by name, float32: of bfloat16 ones boxes are 4 pixels off."""
@@ -178,7 +185,7 @@ def build(args, classes, mean, std, backbone=None):
     limits = {f"rpn_{when}_nms_top_n_train": min(2000, 4 * n) for when in ("pre", "post")}
     limits |= {f"rpn_{when}_nms_top_n_test": min(1000, 2 * n) for when in ("pre", "post")}
     model = detection.MaskRCNN(
-        FPN(backbone), len(classes) + 1, box_batch_size_per_image=n, **limits)
+        FPN(backbone, frozen), len(classes) + 1, box_batch_size_per_image=n, **limits)
     model.transform = Resizing(args.min_size, args.max_size, list(mean), list(std))
     in_float32 = lambda head, inputs, outputs: [[x.float() for x in level] for level in outputs]
     model.rpn.head.register_forward_hook(in_float32)
@@ -458,7 +465,8 @@ def start(args, processes):
     optimizer = torch.optim.SGD(trained, args.lr, momentum=0.9, weight_decay=args.weight_decay)
     names = [(i, train_set.index.imgs[i]["file_name"]) for i in train_set.ids]
     digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
-    metadata = dict(classes=test_set.classes, mean=list(mean), std=list(std), digest=digest)
+    metadata = dict(classes=test_set.classes, mean=list(mean), std=list(std), digest=digest,
+                    code=own_code(args.model_file, None))
     with Signals("detect.py", processes) as signals:
         if processes.rank == 0:
             out.open()

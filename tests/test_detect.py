@@ -591,6 +591,16 @@ def test_frozen_layers(flags, trained, moving, own):
     assert {k.split(".")[0] for k in changed if "running" in k} == set(moving.split())
 
 
+def test_frozen_stages_draw_no_stochastic_depth():
+    x = torch.randn(2, 3, 64, 64)
+    for freeze, same in ((4, True), (3, False)):
+        args = options("--arch", "little_convnext", "--freeze", freeze)
+        body = detect.build(args, ["a"], *data.IMAGENET).train().backbone.body
+        # of the last stage, in which a block of two thirds is left out at times
+        seen = {body.maps(x)[-1].sum().item() for _ in range(9)}
+        assert (len(seen) == 1) is same
+
+
 def test_proposals():
     """512 are torchvision's own defaults."""
     model = detect.build(options("--proposals", 512, "--arch", "shufflenet_v2_x0_5"),
@@ -659,6 +669,16 @@ def test_a_resumed_run_ends_as_a_whole_one(run, whole, capsys, monkeypatch):
             and "SIGTERM: saved out/last.pt after step 2" in capsys.readouterr().err)
     run("--warmup", 9, "--resume")
     assert_same(whole, "out")
+
+
+def test_an_edited_model_file_is_another_one(run, capsys):
+    flags = ["--model-file", "own.py", "--max-steps", 1]
+    Path("own.py").write_text("")
+    assert len(run(*flags)[0]["code"]) == 16
+    Path("own.py").write_text("# edited")
+    with pytest.raises(SystemExit):
+        run(*flags, "--resume")
+    assert "own method or students has changed since out/last.pt" in capsys.readouterr().err
 
 
 def test_the_log_and_the_rate(run, monkeypatch):
