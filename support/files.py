@@ -173,8 +173,9 @@ def student_file(backbone, name, facts):
     found, state = architecture(name), {}
     if isinstance(found, ExistingNetwork):  # its state_dict, with the version that MNASNet asks for
         state = found.build(num_classes=len(facts["classes"])).state_dict()
+    own = backbone.state_dict()
     for key, theirs in names_in_files(backbone, name).items():
-        tensor = backbone.state_dict()[key].cpu()
+        tensor = own[key].cpu()
         state[theirs] = tensor.clone(memory_format=torch.contiguous_format)
     classes, mean, std = (list(facts[fact]) for fact in ("classes", "mean", "std"))
     return dict(architecture=name, classes=classes, mean=mean, std=std,

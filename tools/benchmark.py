@@ -79,6 +79,7 @@ def benchmark(args, dataset, processes, runs=50, warm_up=5):
     for name in dict.fromkeys(["deep-supervision", args.method]):  # one, if they are the same
         settings = argparse.Namespace(**{**vars(args), "method": name})
         method = train.build(settings, dataset)
+        method.check()
         run = Run(settings, None, method, method.optimizers(), metadata={}, processes=processes,
                   signals=None, steps_per_epoch=dataset.steps_per_epoch(args.batch_size),
                   images_per_epoch=len(dataset.train_labels))

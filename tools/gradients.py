@@ -47,6 +47,7 @@ def main(argv=None):
             load_model_file(args.model_file)
         dataset = train.load_data(args)
         method = train.build(args, dataset, resumed=True)
+        method.check()
         load_into(method, state["model"], given.checkpoint)
         measure(args, dataset, method.train(), given.batches)
         if given.meta:
