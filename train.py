@@ -269,8 +269,8 @@ def report(args, dataset, method, run, loss):
         say(f"warning    one student has no peers: what {args.method} adds to cross-entropy is 0, "
             "or its own")
     elif lost:
-        say(f"warning    no term of the loss reaches {shorten(lost, 3)}: weight decay alone moves "
-            "them; requires_grad_(False) keeps them as they are")
+        say(f"warning    no term of the loss, as it begins, reaches {shorten(lost, 3)}: weight "
+            "decay alone moves them; requires_grad_(False) keeps them as they are")
     second, end = method.second, min(total, args.max_steps or total)
     last_due = end // second.every * second.every if second else 0
     if second and last_due <= second.first * run.steps_per_epoch:

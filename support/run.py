@@ -145,7 +145,7 @@ class Run:
         self.board = board_writer() if getattr(args, "tensorboard", False) else None
         graphs = getattr(args, "cuda_graph", False)  # they read a tensor
         # SGD and AdamW follow the rate, each group in its share of it; afd's Adam has its own
-        self.shares = [[group["lr"] / args.lr for group in optimizer.param_groups]
+        self.shares = [[float(group["lr"]) / args.lr for group in optimizer.param_groups]
                        for optimizer in optimizers if isinstance(optimizer, FOLLOW)]
         as_read = lambda lr: torch.tensor(lr, device=args.device) if graphs else lr
         self.rates = {share: as_read(args.lr * share) for share in {1, *sum(self.shares, [])}}

@@ -41,9 +41,8 @@ def unreached(method, terms):
 
     terms: {name: (weight, value)}, with their graph. Raises UserError where none reaches any.
     """
-    others = set(method.second.network.parameters()) if method.second else set()
-    named = {name: p for name, p in method.named_parameters()
-             if p.requires_grad and p not in others}
+    held = {p for group in method.optimizers()[0].param_groups for p in group["params"]}
+    named = {name: p for name, p in method.named_parameters() if p.requires_grad and p in held}
     loss = sum(weight * value for weight, value in terms.values() if weight is not None)
     if not loss.requires_grad:
         raise UserError(f"{type(method).__name__}.terms: no term with a weight depends on a "

@@ -692,8 +692,8 @@ def test_what_no_term_reaches_is_said_at_the_start(run, monkeypatch, capsys):
     run("--method", "odd", "--max-steps", 1)
     printed = capsys.readouterr().out
     assert "loss       odd: ce + 0.5 kd\n" in printed
-    assert ("warning    no term of the loss reaches teacher.weight, teacher.bias: weight decay "
-            "alone moves them; requires_grad_(False) keeps" in printed)
+    assert ("warning    no term of the loss, as it begins, reaches teacher.weight, teacher.bias: "
+            "weight decay alone moves them; requires_grad_(False) keeps" in printed)
     method, x, y = make("odd")
     method.teacher.requires_grad_(False)
     assert unreached(method, method.terms(method(x), y, None)) == []
