@@ -61,7 +61,7 @@ def build_parser(description, program, method):
     g.add_argument("--batches", choices=["pairs", "uniform"],
                    help="pairs: two images each of B/2 classes, as in-batch contrast needs; "
                    "uniform: any; each image once an epoch both ways "
-                   "(pairs; imagenet, bank: uniform)")
+                   "(pairs; with a bank, and on imagenet without contrast: uniform)")
 
     g = p.add_argument_group("recipe")
     g.add_argument("--epochs", type=arguments.at_least_1, help="(300; imagenet 100, mcl 90)")

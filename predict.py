@@ -261,7 +261,7 @@ def build_parser():
                    help="of the run, for a student file and a folder without test images (0)")
     p.add_argument("--seed", type=arguments.seed, default=0, help="of the run, likewise (0)")
     p.add_argument("--workers", type=arguments.at_least_0, default=arguments.WORKERS,
-                   help="processes that read streamed images (4)")
+                   help="processes that read streamed images (4, or the number of CPUs)")
     p.add_argument("--model-file", metavar="FILE",
                    help="the Python file that defines the student, if it is your own")
     p.add_argument("--device", default="auto",

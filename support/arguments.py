@@ -79,9 +79,9 @@ def add_running(parser):
     g.add_argument("--max-steps", type=at_least_0, default=0, metavar="STEPS",
                    help="end after so many steps; 0: never (0)")
     g.add_argument("--save-every", type=not_negative, default=0, metavar="MINUTES",
-                   help="save inside epochs too; 0: after each (0)")
+                   help="save inside epochs too; 0: after each, short ones every ten seconds (0)")
     g.add_argument("--amp", choices=["no", "bf16"], default="no",
-                   help="bf16: convolutions and linear maps in bfloat16, all else in float32 (no)")
+                   help="bf16: autocast; losses, weights and the meta step stay in float32 (no)")
     g.add_argument("--deterministic", action="store_true",
                    help="bit-equal runs on CUDA too, slower (always so on the CPU)")
     return g

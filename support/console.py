@@ -103,7 +103,10 @@ def device_error(error, args):
 
 
 class Signals:
-    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask for an end after the present step, twice: at once."""
+    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask for an end after the present step.
+
+    A second one ends it at once, but not under torchrun.
+    """
 
     def __init__(self, program, processes):
         self.name, self.program = None, program

@@ -35,6 +35,7 @@ except ImportError:  # Windows: an --out-dir is not locked there
     fcntl = None
 
 
+# SGD and AdamW follow the rate, each group in its share of it; afd's Adam has its own.
 FOLLOW = (torch.optim.SGD, torch.optim.AdamW)
 
 
@@ -51,7 +52,10 @@ class OutDir:
         return str(self.path)
 
     def find_checkpoint(self, args, processes):
-        """The state in last.pt, None without one. Raises UserError where --resume cannot go on."""
+        """The state in last.pt, or in previous.pt where that is missing; None without either.
+
+        Raises UserError where a run is there and --resume is not given, or cannot go on with it.
+        """
         last, previous = self / "last.pt", self / "previous.pt"
         found = [p for p in (last, previous) if os.path.exists(p)]  # Path.exists may raise
         self.seen = self.last_written()
@@ -127,7 +131,7 @@ def compare_arguments(args, saved, path):
 class Run:
     """What changes while training, all of it in last.pt, and what a run leaves in its folder.
 
-    args: all options. model: a module whose state is saved. optimizers: SGD ones follow the rate.
+    args: all options. model: a module whose state is saved. optimizers: see FOLLOW.
     metadata: what else a checkpoint says: classes, digest of the data, ...
     steps_per_epoch, images_per_epoch: of all processes together.
     """
@@ -144,7 +148,6 @@ class Run:
         self.is_main = processes.rank == 0  # process 0 alone prints, writes and draws
         self.board = board_writer() if getattr(args, "tensorboard", False) else None
         graphs = getattr(args, "cuda_graph", False)  # they read a tensor
-        # SGD and AdamW follow the rate, each group in its share of it; afd's Adam has its own
         self.shares = [[float(group["lr"]) / args.lr for group in optimizer.param_groups]
                        for optimizer in optimizers if isinstance(optimizer, FOLLOW)]
         as_read = lambda lr: torch.tensor(lr, device=args.device) if graphs else lr

@@ -2,8 +2,8 @@
 
     python tools/benchmark.py --dataset synthetic --arch resnet32       # train.py's options
 
-Prints a line of JSON, then for each part the median, minimum and maximum in ms, operations that are
-dispatched, and the peak memory so far: a part's own only if it is larger than the one before.
+Prints a line of JSON, then for each part the median, minimum and maximum in ms, and the peak memory
+so far: a part's own only if it is larger than the one before; of steps the dispatched operations.
 """
 
 import argparse
