@@ -171,7 +171,7 @@ def test_runs_on_other_images_are_another_group(tmp_path, capsys):
         log.write_text(log.read_text().replace(
             '"command"', f'"digest": "{path.name}", "command"', 1))
     _, rows, _ = run(capsys, *paths)
-    assert [row["digest"] for row in rows] == ["a", "b"]
+    assert [row["digest"] for row in rows] == ["a", "b"] and compare.LESS not in rows[1]
 
 
 @pytest.mark.parametrize(("name", "values"), [("code", ["a", "b"]), ("processes", [1, 2])])
@@ -212,6 +212,20 @@ def test_rows_of_the_same_seeds_are_compared_seed_by_seed(tmp_path, capsys):
     assert errors == ["compare.py: row 1: seed 1 occurs more than once"] and column not in rows[0]
 
 
+@pytest.mark.parametrize("other", [
+    dict(last=epoch(2, 5, 5) | {"step": 21}), dict(last=epoch(2, 5, 5), dataset="imagenet"),
+    dict(last=epoch(2, 5, 5, 5)), dict(last=epoch(2, 5, 5, on="validation"))])
+def test_rows_that_did_other_work_are_not_compared_seed_by_seed(tmp_path, capsys, other):
+    a = write_log(tmp_path / "a", epoch(2, 5, 5), dataset="folder")
+    b = write_log(tmp_path / "b", epoch(2, 6, 6), dataset="folder", method="mcl")
+    _, rows, _ = run(capsys, a, b)
+    assert rows[1][compare.LESS] == "1.00"
+    c = write_log(tmp_path / "c", other["last"], method="mcl",
+                  dataset=other.get("dataset", "folder"))
+    _, rows, _ = run(capsys, a, c)
+    assert len(rows) == 2 and compare.LESS not in rows[1]
+
+
 def test_runs_on_other_classes_are_another_group(tmp_path, capsys):
     paths = [write_log(tmp_path / c, epoch(2, 5, 5), classes=list(c)) for c in ("ab", "abc")]
     _, rows, _ = run(capsys, *paths)
@@ -229,7 +243,7 @@ def test_runs_of_unequal_length_and_numbers_of_students(tmp_path, capsys):
                        epoch(2, 20, 22, validation_top1=[70, 70]), seed=4),
              write_log(tmp_path / "alone", epoch(2, 8), arch=["resnet8"])]
     status, rows, errors = run(capsys, *paths)
-    assert (status, errors) == (0, [])
+    assert (status, errors) == (0, []) and compare.LESS not in rows[0]
     cells = ["arch", "student 2", "mean", "best epoch (chosen on)", "epochs done"]
     assert [[row[c] for c in cells] for row in rows] == [
         ["resnet8 resnet20", "7.00", "6.00", "6.00 (test)", "2 of 2"],

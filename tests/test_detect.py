@@ -1,6 +1,7 @@
 """detect.py: annotations, AP, the detector, runs that resume bit for bit,
 and errors in one line."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -729,6 +730,37 @@ def test_predict(own, whole, tmp_path, capsys, monkeypatch):
     new = tmp_path / "new" / "folder"
     use("--predict", picture, namesake, "--checkpoint", folder / "best.pt", "--out-dir", new)
     assert {p.name for p in new.iterdir()} == {"0_detections.png", "0_2_detections.png"}
+
+
+def test_what_is_likely_is_named_and_drawn(own, whole, tmp_path, capsys, monkeypatch):
+    """Of two detections the one above LOWEST, by its class, 1 the first in the file's order."""
+    monkeypatch.setattr(detect, "detect", lambda *_: dict(
+        boxes=torch.tensor([[1.0, 1, 9, 9], [20, 30, 40, 60]]), labels=torch.tensor([1, 2]),
+        scores=torch.tensor([0.9, 0.3]), masks=torch.zeros(2, 64, 48, dtype=torch.bool)))
+    picture, classes = own / "val" / "0.png", read_log(whole)[0]["classes"]
+    use("--predict", picture, "--checkpoint", whole / "last.pt", "--out-dir", tmp_path)
+    assert capsys.readouterr().out.startswith(f"{picture}  {classes[0]} 0.90; drawn in ")
+    drawn = np.asarray(Image.open(tmp_path / "0_detections.png"))
+    changed = (drawn != np.asarray(Image.open(picture))).any(-1)
+    assert changed[:20].any() and not changed[30:].any()
+
+
+def test_best_pt_is_chosen_by_the_mean_of_box_and_mask(monkeypatch):
+    monkeypatch.setattr(detect, "evaluate", lambda *_: dict(box_ap=10.0, mask_ap=50.0))
+    run = Namespace(evaluating=contextlib.nullcontext, epoch_line=dict, is_main=False,
+                    processes=None)
+    assert detect.evaluate_epoch(None, None, None, run)[1] == 30
+
+
+def test_recipes():
+    """mmdetection's 1x schedule for COCO and own data; a short one for Penn-Fudan."""
+    usual = dict(epochs=12, batch_size=16, lr=0.02, milestones=[8, 11], warmup=500, freeze=1,
+                 min_size=800, max_size=1333, proposals=512, weight_decay=1e-4)
+    short = dict(epochs=10, batch_size=2, lr=0.005, milestones=[7, 9], warmup=100, freeze=1,
+                 min_size=256, max_size=512, proposals=64, weight_decay=1e-4)
+    for dataset, recipe in (("coco", usual), ("own", usual), ("pennfudan", short)):
+        parsed = vars(detect.parse(["--dataset", dataset, "--backbone", "x"]))
+        assert parsed.items() >= recipe.items()
 
 
 def test_resuming_on_other_images_is_refused(own, whole, tmp_path, capsys):

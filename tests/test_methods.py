@@ -686,6 +686,20 @@ def test_convolutions_alone_are_channels_last(monkeypatch):
     assert built.table.is_contiguous()
 
 
+def test_a_network_that_no_optimizer_holds_is_not_missed():
+    class Mine(METHODS["independent"]):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.extra = torch.nn.Linear(1, 1)
+
+        def optimizers(self):
+            return [torch.optim.SGD(self.students.parameters(), self.args.lr)]
+
+    method = Mine(make("independent")[0].args, 5)
+    x, y = torch.randn(6, 3, 16, 16), LABELS
+    assert unreached(method, method.terms(method(x), y, None)) == []
+
+
 def test_what_no_term_reaches_is_said_at_the_start(run, monkeypatch, capsys):
     """Weight decay would shrink it, step by step."""
     monkeypatch.setitem(METHODS, "odd", Odd)

@@ -335,6 +335,7 @@ def test_the_readmes_network_of_torchvision(own):
     ours, x = models.Backbone("densenet121", 3).eval(), torch.randn(2, 3, 64, 64)
     assert torch.equal(ours(x), theirs(x)) and [m.shape[-1] for m in ours.maps(x)] == [16, 8, 4, 2]
     models.Cohort(["densenet121", "little_swin"], 3).check(32)
+    models.Cohort(["tiny", "resnet8"], 3).check(32)
 
 
 class Forgetful(nn.Module):

@@ -18,6 +18,7 @@ from PIL import Image
 from torchvision.models import SwinTransformer
 from torchvision.transforms.functional import pil_to_tensor
 
+import data
 import methods
 import models
 import predict
@@ -154,6 +155,20 @@ def test_scores_where_test_images_were_split_off(use, run, images):
     given = ["--student", "out/student_1_small.pt", "--dataset", "folder", "--data-dir", "all"]
     assert use(*given, *split) == scores(log)[:1]
     assert len({use(*given, *split[:3], seed)[0] for seed in range(5)}) > 1
+
+
+def test_scores_on_other_images_by_the_students_own_mean(use, out, images, monkeypatch):
+    """Those of the other folder's training images are not its."""
+    shutil.copytree(images, "other")
+    for path in Path("other/train").rglob("*.png"):
+        Image.new("RGB", (16, 16)).save(path)
+    seen = []
+    monkeypatch.setattr(predict, "evaluate", lambda students, batches, _: (
+        seen.extend(batches), ([0.0], [0.0]))[1])
+    use("--student", out / "student_1_small.pt", "--dataset", "folder", "--data-dir", "other")
+    mean, std = torch.tensor([student(out, 1).mean, student(out, 1).std])[..., None, None]
+    pixels = data.load("folder", "other", 16).test_images.permute(0, 3, 1, 2).float()
+    torch.testing.assert_close(255 * (seen[0][0] * std + mean), pixels, rtol=0, atol=0.01)
 
 
 def test_scores_of_a_streamed_run(use, run, images):
@@ -301,6 +316,9 @@ def test_export_of_a_transformer(use, monkeypatch):
     for count in (1, 5):
         torch.testing.assert_close(network(batch(count)), expected(own, batch(count)))
     assert network(batch(5)).std(0).min() > 0.01
+    Image.new("RGB", (16, 16)).save("x.png")
+    line, = use("x.png", "--student", "net.pt")  # three classes, not five
+    assert len(line.split("  ")) == 1 + 3
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])

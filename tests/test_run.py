@@ -266,6 +266,8 @@ def test_a_run_that_ended_before_the_lock_was_had_is_not_overwritten(tmp_path):
 
 
 def test_only_where_and_how_far_may_differ_when_a_run_goes_on():
+    assert {"device", "data_dir", "out_dir", "max_steps", "save_every", "resume", "cuda_graph",
+            "workers", "tensorboard", "model_file", "num_nets"} == WHERE
     saved = dict(**dict.fromkeys(WHERE, 1), lr=0.1, epochs=3, arch=["a", "b"], of_old=1)
     now = SimpleNamespace(**dict.fromkeys(WHERE, 2), lr=0.1, epochs=3, arch=["a", "b"], of_new=1)
     compare_arguments(now, saved, "last.pt")
@@ -469,6 +471,40 @@ def test_a_term_that_is_not_finite_is_named_with_its_step(tmp_path, spoiled, wor
         assert f"{words} became infinite or NaN at step 5: try a smaller --lr; " in str(error.value)
         assert str(error.value).endswith(f"{tmp_path / 'last.pt'} is from before that")
     assert results(tmp_path) == before
+
+
+def test_save_every_counts_minutes(tmp_path, monkeypatch):
+    now, saved = [100.0], []
+    monkeypatch.setattr("support.run.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    run = make_run(tmp_path, save_every=2)
+    monkeypatch.setattr(Run, "save", lambda self: saved.append(now[0]))
+    for now[0] in (101.0, 219.0, 221.0):
+        run.after_step()
+    assert saved == [221.0]
+
+
+def test_the_time_that_batches_are_waited_for(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("support.run.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    run = make_run(tmp_path)
+
+    def batches():
+        for batch in range(3):
+            now[0] += 2
+            yield batch
+
+    for _ in run.timed(batches()):
+        now[0] += 5
+    assert run.data_seconds == 6
+
+
+def test_copies_of_the_model_that_differ_are_not_saved(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    run.processes.size = 2
+    monkeypatch.setattr(Processes, "gather_objects", lambda self, value: [value, "another"])
+    with pytest.raises(UserError, match="the processes' copies of the model differ: nothing was"):
+        run.save()
+    assert not (tmp_path / "last.pt").exists()
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):

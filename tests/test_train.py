@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 import data
 import losses
 import meta
+import models
 import options
 import predict
 import train
@@ -184,6 +186,16 @@ def test_evaluation_counts_top1_and_top5():
     pixels[:, 0, 0, :7] = torch.tensor([10.0, 60, 50, 40, 30, 20, 0])
     batches = [(pixels[:3], torch.tensor([1, 1, 5])), (pixels[3:], torch.tensor([6]))]
     assert train.evaluate([Fixed(), Fixed()], batches, Processes({})) == ([50.0] * 2, [75.0] * 2)
+    # another process with four images, on which nothing hits
+    two = SimpleNamespace(sum=lambda mine: mine + torch.tensor([0, 0, 0, 0, 4]))
+    assert train.evaluate([Fixed(), Fixed()], batches, two) == ([25.0] * 2, [37.5] * 2)
+
+
+def test_evaluation_of_fewer_classes_than_five():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
+    batches = [(torch.zeros(4, 3, 1, 1), torch.tensor([0, 1, 1, 1]))]
+    (top1,), (top5,) = train.evaluate([network], batches, Processes({}))
+    assert top1 in (25.0, 75.0) and top5 == 100.0
 
 
 def test_validation_chooses_the_best_and_the_test_set_is_looked_at_once(run, monkeypatch):
@@ -198,11 +210,28 @@ def test_validation_chooses_the_best_and_the_test_set_is_looked_at_once(run, mon
     assert [[name in line for name in names] for line in log[1:]] == [[True, False], [True, True]]
 
 
-def test_starting_from_weights(run, monkeypatch):
+def test_the_test_set_says_nothing_before_the_end_and_chooses_nothing(run, monkeypatch):
+    held = ["--validation-fraction", 0.33, "--method", "independent", "--batch-size", 12]
+    assert "test_top1" not in run(*held, "--max-steps", 4, out="ended")[-1]  # inside the last epoch
+    scores = iter([60.0, 50.0, 99.0])  # validation, validation, test
+    monkeypatch.setattr(train, "evaluate", lambda *_: ([next(scores)] * 2, [100.0] * 2))
+    run(*held, out="chosen")
+    state = files.load_checkpoint("chosen/last.pt")
+    assert (state["best_epoch"], state["best"]) == (1, 60.0)
+
+
+def test_one_student_is_told_that_it_has_no_peers(run, capsys):
+    for method, said in (("dml", True), ("independent", False)):
+        run("--method", method, "--num-nets", 1, "--max-steps", 1, out=method)
+        assert ("one student has no peers" in capsys.readouterr().out) is said
+
+
+def test_starting_from_weights(run, monkeypatch, capsys):
     run("--method", "independent", epochs=1)
     exported, seen = [f"out/student_{a}_small.pt" for a in (1, 2)], []
     alone = ["--method", "independent", "--weights", *exported]
     run(*alone, "--max-steps", 1, out="third")
+    assert "\n           weights out/student_2_small.pt: " in capsys.readouterr().out
     for file in map(Path, exported):
         file.rename(f"{file}.away")
     run(*alone, "--resume", out="third")  # a checkpoint holds all weights
@@ -475,13 +504,41 @@ def test_too_few_steps_for_a_meta_step_are_warned_of(run, capsys):
 
 def test_tensorboard(run, monkeypatch, capsys):
     pytest.importorskip("tensorboard")
-    run("--tensorboard", epochs=1)
-    assert list(Path("out").glob("events*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = run("--tensorboard", "--max-steps", 4)
+    log = run("--tensorboard", "--resume")
+    events = EventAccumulator("out").Reload()
+    for tag, of_line in (("loss", lambda line: line["loss"]),
+                         ("test_top1/2", lambda line: line["test_top1"][1])):
+        found = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert found == [(line["epoch"], pytest.approx(of_line(line))) for line in log[1:]]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(SystemExit):
         run("--tensorboard", out="second", epochs=1)
     assert ("pip install tensorboard" in capsys.readouterr().err
             and not Path("second/log.jsonl").exists())
+
+
+def test_batches_are_those_of_the_seed_the_epoch_the_step_and_the_process():
+    asked = {}
+    take = lambda *at, **more: asked.update(at=at, **more) or iter(range(9))
+    here = SimpleNamespace(epoch=3, step=2, steps_left=4, processes=SimpleNamespace(share=(1, 2)))
+    for batches, pairs in (("uniform", False), ("pairs", True)):
+        args = SimpleNamespace(batch_size=18, seed=7, batches=batches)
+        found = train.train_batches(args, SimpleNamespace(train_batches=take), here)
+        assert list(found) == [0, 1, 2, 3]
+        assert asked == dict(at=(18, 7, 3, 2), pairs=pairs, share=(1, 2))
+
+
+def test_each_step_draws_its_own_masks_and_rows_of_the_bank(run, monkeypatch):
+    masks, rows, sample = [], [], models.MemoryBank.sample
+    monkeypatch.setattr(train, "seed_dropout", lambda *key: masks.append(key[:3]))
+    monkeypatch.setattr(models.MemoryBank, "sample", lambda self, index, *at: (
+        rows.append(at), sample(self, index, *at))[1])
+    run("--method", "mcl", "--contrast", "bank", "--negatives", 16, "--seed", 7)
+    assert masks == [(7, step, 0) for step in range(6)]
+    assert rows[1:] == [(e, step) for e in (0, 1) for step in range(3)]  # the first: the report's
 
 
 # ---------------------------------------------------------------- stopping and going on
@@ -654,6 +711,7 @@ def test_out_dirs_that_cannot_be_used(run, fails):
             ([], "--resume"),
             (["--resume", "--lr", "0.3"], "--lr 0.1 (now 0.3)"),
             (["--resume", "--epochs", "7"], "learning-rate schedule"),
+            (["--resume", "--validation-fraction", "0.33"], "--validation-fraction 0.0 (now 0.33)"),
             (["--resume", "--arch", "resnet8", "resnet20"],
              "--arch small small (now resnet8 resnet20)")):
         fails([*used, *more], words)
@@ -746,7 +804,7 @@ def test_control_c_while_images_load_ends_at_once(images, tmp_path):
 
         def fit(*inputs):
             os.write(1, b"an image\n")
-            time.sleep(0.03)
+            time.sleep(0.1)
             return true(*inputs)
 
         image_files.fit, image_files.ThreadPoolExecutor = fit, lambda: pool(2)
@@ -771,6 +829,34 @@ def tool(monkeypatch):
     """A program of tools/, imported."""
     monkeypatch.syspath_prepend(ROOT / "tools")
     return importlib.import_module
+
+
+def test_quarter_takes_125_images_a_class_and_gives_each_row_its_options(tmp_path):
+    images, work, programs = (tmp_path / name for name in ("cifar", "work", "bin"))
+    for part in ("train", "test"):
+        for name in ("apple", "bear"):
+            folder = images / part / name
+            folder.mkdir(parents=True)
+            for i in range(126):
+                (folder / f"{i:03}.png").touch()
+    programs.mkdir()
+    python, log = programs / "python", tmp_path / "log"
+    python.write_text('#!/bin/sh\necho "$@" >> "$LOG"\n')
+    python.chmod(0o755)
+    more = dict(PATH=f"{programs}:{os.environ['PATH']}", LOG=str(log), EPOCHS="3",
+                METHODS="independent lmcl lmcl-uniform lmcl-moving", FLAGS="--amp bf16")
+    command = ["bash", ROOT / "tools/quarter.sh", images, work, "5"]
+    subprocess.run(command, env=os.environ | more, check=True)
+    kept = sorted(path.name for path in (work / "quarter/train/bear").iterdir())
+    assert kept == [f"{i:03}.png" for i in range(125)]
+    assert len(list((work / "quarter/test/bear").iterdir())) == 126
+    *runs, compared = log.read_text().splitlines()
+    own = {"independent": "independent", "lmcl": "lmcl", "lmcl-uniform": "lmcl --matching uniform",
+           "lmcl-moving": "lmcl --virtual-lambda moving"}
+    for (row, method), given in zip(own.items(), runs, strict=True):
+        assert given.endswith(f"--epochs 3 --seed 5 --method {method} --save-every 10 --resume "
+                              f"--amp bf16 --out-dir {work}/epochs-3/{row}-5")
+    assert compared.startswith("compare.py")
 
 
 def test_benchmark(tool, images, tmp_path, capsys, monkeypatch):
