@@ -34,7 +34,6 @@ try:
 except ImportError:  # Windows: an --out-dir is not locked there
     fcntl = None
 
-
 # SGD and AdamW follow the rate, each group in its share of it; afd's Adam has its own.
 FOLLOW = (torch.optim.SGD, torch.optim.AdamW)
 
@@ -449,14 +448,15 @@ class Run:
         self.let_capture()
         for name in self.PROGRESS:
             setattr(self, name, state[name])
-        header = self.log[0]  # of the run's first start; "resumed" lists starts on something else
+        header = self.log[0]  # of the first start; "resumed" lists starts on something else
         latest = header.get("resumed", [header])[-1]
         if any(latest[name] != here[name] for name in ("torch", "device")):
             moved = dict(after_step=self.total_steps, torch=here["torch"], device=here["device"])
             header["resumed"] = [*header.get("resumed", []), moved]
         best = self.out / "best.pt"
-        if self.is_main and best.exists() and best_epoch_of(best) != self.best_epoch:
-            best.unlink()  # killed before its last.pt came, or went back to previous.pt
+        others = not self.best_epoch or best_epoch_of(best) not in (self.best_epoch, None)
+        if self.is_main and others:  # killed before its last.pt came, or went back to previous.pt
+            best.unlink(missing_ok=True)
             self.best, self.best_epoch = -1.0, 0
 
 

@@ -540,6 +540,11 @@ def test_a_best_pt_of_an_epoch_that_is_done_again(tmp_path, score, best):
     epoch(5.0)
     run.begin(files.load_checkpoint(tmp_path / "last.pt"))
     assert (tmp_path / "best.pt").exists() and (run.best, run.best_epoch) == (5.0, 1)
+    whole = (tmp_path / "best.pt").read_bytes()
+    (tmp_path / "best.pt").write_bytes(b"not to be read")  # which tells nothing: it stays
+    run.begin(files.load_checkpoint(tmp_path / "last.pt"))
+    assert (tmp_path / "best.pt").read_bytes() == b"not to be read" and run.best_epoch == 1
+    (tmp_path / "best.pt").write_bytes(whole)
     epoch(7.0)
     os.replace(tmp_path / "previous.pt", tmp_path / "last.pt")
     run.begin(files.load_checkpoint(tmp_path / "last.pt"))

@@ -768,7 +768,7 @@ def test_a_full_disk_keeps_what_was_there(run, monkeypatch, capsys):
 def test_as_a_program(tmp_path, images):
     """From the shell, with a reader that goes away (| head -1):
     the run does not stop, the exit is clean."""
-    more = ["--method", "independent", "--arch", "resnet8", "--num-nets", 1]
+    more = ["--method", "independent", "--arch", "resnet8", "--num-nets", 1, "--max-steps", 1]
     command = [sys.executable, str(ROOT / "train.py"), *flags(images, tmp_path / "out", 1, *more)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True) as process:
@@ -864,7 +864,10 @@ def test_benchmark(tool, images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         benchmark, "benchmark", functools.partial(benchmark.benchmark, runs=2, warm_up=1))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    checked, check = [], METHODS["lmcl"].check
+    monkeypatch.setattr(METHODS["lmcl"], "check", lambda self: checked.append(1) or check(self))
     benchmark.main(flags(images, tmp_path, 1))
+    assert checked  # or the meta step takes forward mode where a student has none
     assert torch.backends.cudnn.benchmark is True  # as train.py
     first, *rows = capsys.readouterr().out.splitlines()
     names = ["step, deep-supervision", "step, lmcl", "meta step", "evaluation"]
@@ -877,14 +880,17 @@ def test_benchmark(tool, images, tmp_path, capsys, monkeypatch):
     assert "--cuda-graph wants a CUDA device" in capsys.readouterr().err
 
 
-def test_gradients_of_a_checkpoint(tool, run, capsys):
+def test_gradients_of_a_checkpoint(tool, run, capsys, monkeypatch):
     """The sum's row by a backward pass, the embeddings' cosines by a loop;
     the file stays as it is."""
     run(epochs=1)
     before, state = Path("out/last.pt").read_bytes(), files.load_checkpoint("out/last.pt")
     program = tool("gradients").main
+    checked, check = [], METHODS["lmcl"].check
+    monkeypatch.setattr(METHODS["lmcl"], "check", lambda self: checked.append(1) or check(self))
     capsys.readouterr()
     program(["out/last.pt", "--batches", "1"])
+    assert checked
     printed = capsys.readouterr().out
     args = options.parse("", flags(*[state["args"][k] for k in ("data_dir", "out_dir", "epochs")]))
     args.device = torch.device("cpu")
