@@ -214,13 +214,15 @@ def batch(count):
 
 ELSEWHERE = """
 import json, sys, torch
+if len(sys.argv) > 1:
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+input()  # until the files are there
 batches, extra = torch.load("batches.pt"), {"classes.json": ""}
 network = torch.export.load("new/net.pt2", extra_files=extra).module()
 found = {"pt2": [network(x) for x in batches], "classes": json.loads(extra["classes.json"])}
 assert "mean_std" in dict(network.named_buffers())  # so that it moves to another device
 if len(sys.argv) > 1:
-    import onnx
-    from onnx.reference import ReferenceEvaluator
     model = onnx.load("net.onnx")
     onnx.checker.check_model(model, full_check=True)
     run = lambda x: ReferenceEvaluator(model).run(None, {"images": x.numpy()})[0]
@@ -236,19 +238,21 @@ torch.save(found, "found.pt")
 def test_exported_networks_need_nothing_of_ours(use, out):
     """In a process that starts in another folder:
     uint8 of any batch size in, probabilities out, classes beside."""
-    line, = use("--student", out / "student_2_small_12.pt", "--export", "new/net.pt2")
-    assert line == ("student 1  small_12: new/net.pt2, "
-                    "uint8 [B, 3, 16, 16] -> probabilities, 6 classes")
     onnx = [package for package in ("onnx", "onnxscript") if importlib.util.find_spec(package)]
-    if len(onnx) == 2:
-        use("--student", out / "student_2_small_12.pt", "--export", "net.onnx")
-    batches, own = [batch(1), batch(5)], student(out, 2)
-    torch.save(batches, "batches.pt")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s",
                "-c", ELSEWHERE, *onnx[1:]]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:  # it loads PyTorch
+        line, = use("--student", out / "student_2_small_12.pt", "--export", "new/net.pt2")
+        assert line == ("student 1  small_12: new/net.pt2, "
+                        "uint8 [B, 3, 16, 16] -> probabilities, 6 classes")
+        if len(onnx) == 2:
+            use("--student", out / "student_2_small_12.pt", "--export", "net.onnx")
+        batches, own = [batch(1), batch(5)], student(out, 2)
+        torch.save(batches, "batches.pt")
+        _, errors = process.communicate("\n")
+    assert process.returncode == 0, errors
     found = torch.load("found.pt")
     assert found.pop("classes") == own.classes == [f"class{c}" for c in range(6)]
     assert found.keys() == ({"pt2", "onnx"} if len(onnx) == 2 else {"pt2"})
