@@ -844,7 +844,8 @@ def test_quarter_takes_125_images_a_class_and_gives_each_row_its_options(tmp_pat
     python.write_text('#!/bin/sh\necho "$@" >> "$LOG"\n')
     python.chmod(0o755)
     more = dict(PATH=f"{programs}:{os.environ['PATH']}", LOG=str(log), EPOCHS="3",
-                METHODS="independent lmcl lmcl-uniform lmcl-moving", FLAGS="--amp bf16")
+                METHODS="independent lmcl lmcl-uniform lmcl-moving lmcl-nocontrast",
+                FLAGS="--amp bf16")
     command = ["bash", ROOT / "tools/quarter.sh", images, work, "5"]
     subprocess.run(command, env=os.environ | more, check=True)
     kept = sorted(path.name for path in (work / "quarter/train/bear").iterdir())
@@ -852,7 +853,8 @@ def test_quarter_takes_125_images_a_class_and_gives_each_row_its_options(tmp_pat
     assert len(list((work / "quarter/test/bear").iterdir())) == 126
     *runs, compared = log.read_text().splitlines()
     own = {"independent": "independent", "lmcl": "lmcl", "lmcl-uniform": "lmcl --matching uniform",
-           "lmcl-moving": "lmcl --virtual-lambda moving"}
+           "lmcl-moving": "lmcl --virtual-lambda moving",
+           "lmcl-nocontrast": "lmcl --contrast-start 3"}
     for (row, method), given in zip(own.items(), runs, strict=True):
         assert given.endswith(f"--epochs 3 --seed 5 --method {method} --save-every 10 --resume "
                               f"--amp bf16 --out-dir {work}/epochs-3/{row}-5")

@@ -20,10 +20,11 @@ ln -sfn "$images/test" "$work/quarter/test"
 export OMP_NUM_THREADS=1
 for seed in $seeds; do
   for method in $methods; do
-    name=${method%-uniform} name=${name%-moving}
+    name=${method%-uniform} name=${name%-moving} name=${name%-nocontrast}
     case $method in
       lmcl-uniform) more="--matching uniform" ;;
       lmcl-moving) more="--virtual-lambda moving" ;;
+      lmcl-nocontrast) more="--contrast-start $epochs" ;;      # never
       *) more="" ;;
     esac
     # shellcheck disable=SC2086
