@@ -39,6 +39,7 @@ from support.architectures import architecture, load_model_file
 from support.coco import load_splits
 from support.console import Signals, UserError, one_line_errors, say, shorten
 from support.images import pictures
+from support.precision import mixed_precision
 from support.processes import Processes, be_deterministic, device_name, pick_device
 from support.run import OutDir, Run, fill_gradients, own_code
 
@@ -81,7 +82,7 @@ def train_step(args, model, run, images, targets):
     """One SGD step on the sum of Mask R-CNN's losses. Returns each by name, and "loss"."""
     images = [image.to(args.device).float() / 255 for image in images]  # each its own [3, H, W]
     targets = [{name: x.to(args.device) for name, x in target.items()} for target in targets]
-    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+    with mixed_precision(args):
         terms = model(images, targets)
     loss = sum(terms.values())
     run.optimizers[0].zero_grad()

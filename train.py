@@ -34,6 +34,7 @@ from support.console import Signals, UserError, one_line_errors, say, shorten
 from support.cuda_graphs import CUDAGraphs, check_graphs, draws_random_numbers
 from support.files import load_pretrained, student_file, torch_bytes, write
 from support.picture import matching_picture
+from support.precision import mixed_precision
 from support.processes import Processes, be_deterministic, device_name, pick_device
 from support.run import OutDir, Run, fill_gradients, own_code
 from support.terms import as_logged, check_terms, unreached
@@ -65,7 +66,7 @@ def train_step(args, method, run, images, labels, rows):
 
     Returns the terms as logged, and the students' outputs, detached.
     """
-    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+    with mixed_precision(args):
         outputs = method(images)
         terms = method.terms(outputs, labels, rows)
         loss = sum(weight * value for weight, value in terms.values() if weight is not None)

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn as nn
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import convnext, efficientnet, mnasnet, mobilenetv2, mobilenetv3, regnet
 from torchvision.models import swin_transformer as swin
 
@@ -209,6 +210,20 @@ def fails(run, capsys):
         assert left <= {Path("out")} and not os.path.exists("out/last.pt")
 
     return fails
+
+
+class Convolutions(TorchDispatchMode):
+    """What convolutions compute in, and their backward passes: {depthwise: dtypes}."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {True: set(), False: set()}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if "convolution" in str(op):
+            x, weight = args[1:3] if "backward" in str(op) else args[:2]
+            self.seen[weight.shape[1] == 1].add(x.dtype)
+        return op(*args, **(kwargs or {}))
 
 
 # ---------------------------------------------------------------- several processes

@@ -24,7 +24,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 import data
 import detect
 import models
-from conftest import FAMILIES, assert_same, fork, read_log, wait
+from conftest import FAMILIES, Convolutions, assert_same, fork, read_log, wait
 from support import coco as coco_module
 from support.architectures import ARCHITECTURES
 from support.coco import Pictures, load_splits
@@ -642,7 +642,9 @@ def test_bfloat16(own):
         args = options("--amp", amp, "--batch-norm", "train", "--arch", "shufflenet_v2_x0_5")
         model = detect.build(args, ["a", "b"], *data.IMAGENET)
         scores.append(detect.detect(model, image, "cpu")["scores"])
-        losses.append(one_step(args, model, own))
+        with Convolutions() as convolutions:
+            losses.append(one_step(args, model, own))
+        assert convolutions.seen[True] == {torch.float32}  # the depthwise ones
     with torch.autocast("cpu", torch.bfloat16):  # what boxes are made of
         maps = list(model.backbone(torch.rand(1, 3, 64, 64)).values())
         assert {x.dtype for x in [*maps, *sum(model.rpn.head(maps), [])]} == {torch.float32}

@@ -20,9 +20,10 @@ import losses
 import meta
 import options
 import train
-from conftest import bits
+from conftest import Convolutions, bits
 from methods import METHODS, Method, SecondStep
 from support.console import UserError
+from support.precision import mixed_precision
 from support.processes import Processes
 from support.run import Run
 from support.terms import as_logged, check_terms, unreached
@@ -240,6 +241,33 @@ def test_bfloat16(name, flags):
             method.second.step(method.optimizers()[1], 0.1, None, x, y, None, made)
             grads.append([g.clone() for g in gradients(method.second.network)])
         assert distance(*grads) < 0.05
+
+
+@pytest.mark.parametrize("amp, expected", [
+    ("bf16", {True: {torch.float32}, False: {torch.bfloat16}}),
+    ("no", {True: {torch.float32}, False: {torch.float32}})])
+def test_depthwise_convolutions_stay_in_float32(amp, expected):
+    """On the CPU: their backward pass in bfloat16 may take 20 times as long."""
+    method, _, y = make("independent", "--amp", amp,
+                        arch=["little_mobilenet_v3_small", "little_regnet"])
+    method.args.device, x = torch.device("cpu"), torch.randn(6, 3, 32, 32)
+    run = SimpleNamespace(optimizers=method.optimizers(), processes=Processes({}))
+    with Convolutions() as convolutions:
+        _, outputs = train.train_step(method.args, method, run, x, y, None)
+    assert convolutions.seen == expected
+    assert outputs.logits.dtype == (torch.bfloat16 if amp == "bf16" else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_depthwise_convolution_is_rounded_at_its_end_alone(dtype):
+    args = SimpleNamespace(amp="bf16", device=torch.device("cpu"))
+    conv = nn.Conv2d(4, 8, 3, stride=2, groups=4)
+    x = torch.randn(2, 4, 6, 6).to(dtype)
+    with mixed_precision(args):
+        found = conv(x)
+        with torch.autocast("cpu", enabled=False):
+            assert conv(x.float()).dtype == torch.float32
+    assert torch.equal(found, conv(x.float()).bfloat16())
 
 
 # ---------------------------------------------------------------- when contrast begins

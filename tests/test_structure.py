@@ -22,8 +22,8 @@ ROWS = [
 ]
 BESIDE = {"compare": set(), "test_losses": {"losses"}}  # what they import of ours, but for support/
 SUPPORT = {"__init__", "architectures", "arguments", "coco", "console", "cuda_graphs", "files",
-           "images", "interrupt", "picture", "processes", "run", "second_order", "seeds",
-           "synthetic", "terms"}
+           "images", "interrupt", "picture", "precision", "processes", "run", "second_order",
+           "seeds", "synthetic", "terms"}
 ALONE = {"losses", "test_losses", "support.second_order", "support.interrupt"}  # without support/
 TOOLS = {"benchmark", "faults", "gradients"}
 TOP = set.union(*ROWS) | BESIDE.keys()
