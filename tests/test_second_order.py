@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.second_order import FastSecondDerivatives
 
@@ -99,6 +100,30 @@ def test_first_layer_and_calls_that_stay_pytorchs():
     exact, expected = product(), single(images[0])
     with FastSecondDerivatives():
         assert distance(product(), exact) < 1e-12 and torch.equal(single(images[0]), expected)
+
+
+class Gradients(TorchDispatchMode):
+    """How many convolutions' backward passes compute the gradient of what goes in."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        self.count += op is torch.ops.aten.convolution_backward.default and result[0] is not None
+        return result
+
+
+@pytest.mark.parametrize("images_need_one, in_first_pass, in_both", [(False, 1, 2), (True, 2, 5)])
+def test_no_gradient_of_images_is_computed(images_need_one, in_first_pass, in_both):
+    """It would cost a convolution in each pass, and nothing reads it."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3))
+    images = torch.randn(2, 3, 6, 6, requires_grad=images_need_one)
+    with FastSecondDerivatives(), Gradients() as computed:
+        loss = (net(images) ** 2).sum()
+        gradient, = torch.autograd.grad(loss, net[0].weight, create_graph=True)
+        assert computed.count == in_first_pass
+        (gradient ** 2).sum().backward()
+    assert computed.count == in_both
 
 
 def test_what_pytorch_cannot_differentiate_twice():
