@@ -26,6 +26,8 @@ from support.architectures import ARCHITECTURES, LAYOUTS, ExistingNetwork, he_no
 from support.run import Run
 
 torch.set_num_threads(1)  # small tensors: a second thread would mostly be waited for
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: children would ignore it, too
+    signal.signal(signal.SIGHUP, lambda *_: None)
 gc.freeze()  # what is imported stays: the collector need not look at it again and again
 
 
